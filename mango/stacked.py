@@ -1,0 +1,61 @@
+"""One quantity (a basis, a moment, an error) of many same-shaped layers, stored by a codec in one payload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mango import codecs
+from mango.errors import ConfigError
+from mango.packed import Packed
+
+
+class Stacked:
+    """A tensor of shape (layers, *shape) held as codes and scales, each layer in blocks of its own.
+
+    A layer whose values do not fill its last block is padded with zeros, so that no block spans two layers and the state
+    of each layer is a view of the stack: it can be saved, loaded and regrouped alone. A new stack holds zeros.
+
+    Args:
+        codec: registry name of the codec.
+        layers: number of layers in the stack.
+        shape: shape of one layer.
+        device: where the codes live.
+    """
+
+    def __init__(self, codec: str, layers: int, shape: Sequence[int], device: torch.device) -> None:
+        self.codec = codecs.get(codec)
+        self.layers, self.shape, self.numel = layers, tuple(shape), prod(shape)
+        self.padding = -self.numel % self.codec.block if self.codec.block else 0
+        self.packed: Packed = self.codec.encode(torch.zeros(layers, self.numel + self.padding, device=device))
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        """The decoded tensor (layers, *shape), float32; written into a contiguous ``out`` of that shape when given."""
+        if out is not None and not self.padding:
+            self.codec.decode(self.packed, out=out.view(self.layers, self.numel))
+            return out
+        values = self.codec.decode(self.packed)[:, : self.numel].reshape(self.layers, *self.shape)
+        return values if out is None else out.copy_(values)
+
+    def write(self, x: Tensor, *, generator: torch.Generator | None = None, name: str = "tensor") -> None:
+        """Store x (layers, *shape) over what was held, into the same tensors."""
+        flat = x.reshape(self.layers, self.numel)
+        self.codec.encode(F.pad(flat, (0, self.padding)) if self.padding else flat, generator=generator, name=name, out=self.packed)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors by name, as views (layers, values per layer)."""
+        views = {}
+        for name, part in self.packed.parts.items():
+            if isinstance(part, Packed) or part.numel() % self.layers:
+                raise ConfigError.of("codec", self.codec.name, "a codec whose parts divide evenly between layers")
+            views[name] = part.view(self.layers, -1)
+        return views
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every stored tensor, padding included."""
+        return self.packed.nbytes

@@ -1,0 +1,320 @@
+"""The tracked orthonormal basis of a gradient: warm-started block power steps, fresh scout columns, rotation of moments.
+
+One full power step V <- orth(G Gᵀ [V, S]) is two matrix products with G. S holds j fresh Gaussian columns: by T3 they give the
+step the worst-case contraction j / (dim - rank + j), which a warm start alone does not have, because a direction that the old
+basis misses may stay invisible to it for ever. Column order carries meaning: the basis leaves a step sorted by captured energy,
+so the scouts of the next step replace the weakest columns, and a scout that found something stays.
+
+Sources: block power step with warm start, PowerSGD (arXiv:1905.13727); CholeskyQR2 (arXiv:1409.5116 and Yamamoto et al. 2015);
+shifted CholeskyQR (arXiv:1809.11085); the scouts are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mango.errors import ConfigError
+
+Operator = Tensor | Callable[[Tensor], Tensor]  # G (…, dim, n), or X (…, dim, k) -> G Gᵀ X (…, dim, k)
+
+
+def orthonormalize(x: Tensor) -> Tensor:
+    """An orthonormal basis whose leading columns span those of x, by CholeskyQR2 in float32 (float64 for float64 input).
+
+    Column norms are checked, and divided out of the Gram matrix, first. Where columns are zero, dependent, ill-conditioned, or
+    so large or small that their squares leave the range of floats, that member of the batch falls back to Householder QR in float64
+    (on a CPU) or to shifted CholeskyQR (elsewhere: no synchronisation with the host). Dependent columns are replaced by directions of
+    the complement.
+
+    Args:
+        x: (…, n, k), any floating dtype. Columns beyond the n-th are ignored: n columns span the space already.
+
+    Returns:
+        (…, n, min(n, k)) in float32, or float64 for float64 input; the Frobenius norm of VᵀV - I is below 1e-5.
+    """
+    return _orthonormalize(x)[0]
+
+
+def _orthonormalize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Also the diagonal of R in x = V R, (…, min(n, k)): how much each column adds to the span of those before it."""
+    n, k = x.shape[-2:]
+    x = x[..., : min(n, k)].to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if x.numel() == 0:
+        return x, x.new_zeros(*x.shape[:-2], x.shape[-1])
+    gram = x.mT @ x  # (…, k, k)
+    norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (…, k)
+    inverse, r1 = _cholesky_inverse(gram / (norm.unsqueeze(-1) * norm.unsqueeze(-2)))
+    first = x @ (inverse / norm.unsqueeze(-1))
+    gram = first.mT @ first
+    inverse, r2 = _cholesky_inverse(gram)
+    basis, diagonal = first @ inverse, r1 * r2 * norm
+    # the second round squares what the first one left; written so that NaN counts as ill-conditioned
+    left = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax(dim=(-2, -1))
+    well = (left < 1e-2) & (norm.amin(dim=-1) > 1e-15) & (norm.amax(dim=-1) < 1e15)
+    if x.device.type == "cpu":
+        if not bool(well.all()):
+            ill = ~well
+            unit, norm = _unit_columns(x[ill].double())
+            q, r = torch.linalg.qr(unit)
+            basis[ill] = q.to(x.dtype)
+            diagonal[ill] = (r.diagonal(dim1=-2, dim2=-1).abs() * norm).to(x.dtype)
+    else:
+        unit, norm = _unit_columns(x)
+        q, r = _shifted_cholesky_qr(unit)
+        basis = torch.where(well[..., None, None], basis, q)
+        diagonal = torch.where(well[..., None], diagonal, r * norm)
+    return basis, diagonal
+
+
+def _unit_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (…, n, k) with columns of norm 1, or 0 where they are 0, and the norms (…, k); no square under- or overflows."""
+    peak = x.abs().amax(dim=-2, keepdim=True)
+    unit = torch.where(peak > 0, x / peak, 0.0)
+    norm = torch.linalg.vector_norm(unit, dim=-2, keepdim=True)
+    return torch.where(norm > 0, unit / norm, 0.0), (norm * peak).squeeze(-2)
+
+
+def _cholesky_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """R⁻¹ and the diagonal of R for gram = RᵀR (…, k, k); a failed factorisation shows as NaN or as a poor next Gram matrix."""
+    lower, _ = torch.linalg.cholesky_ex(gram)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).mT, lower.diagonal(dim1=-2, dim2=-1)
+
+
+def _shifted_cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """CholeskyQR without a branch, for unit or zero columns x (…, n, k): a shift lets every factorisation succeed.
+
+    Each shifted round divides the condition number by about 1/√shift. Columns that two rounds leave dependent on earlier
+    ones are replaced by Gaussian directions; two rounds more condition these, and two without a shift finish.
+    """
+    n, k = x.shape[-2:]
+    shift = 4 * k * torch.finfo(x.dtype).eps
+    eye = torch.eye(k, dtype=x.dtype, device=x.device)
+    fresh = gaussian((n, k), (k,), x.device, x.dtype) / n**0.5
+    diagonal, dependent = torch.ones_like(x[..., 0, :]), torch.zeros_like(x[..., 0, :], dtype=torch.bool)
+    for number, added in enumerate((shift, shift, shift, shift, 0.0, 0.0)):
+        inverse, r = _cholesky_inverse(x.mT @ x + added * eye)
+        x, diagonal = x @ inverse, diagonal * r
+        if number == 1:
+            dependent = ~(torch.linalg.vector_norm(x, dim=-2) > 0.1)  # (…, k)
+            x = torch.where(dependent.unsqueeze(-2), fresh, x)
+    return x, torch.where(dependent, 0.0, diagonal)
+
+
+def gaussian(
+    shape: Sequence[int], seed: Sequence[int], device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Gaussian values that depend on ``seed``, counters such as (seed, step, layer), alone: a resumed run draws the same ones."""
+    return torch.randn(*shape, generator=counter_generator(seed, device), device=device, dtype=dtype)
+
+
+def counter_generator(seed: Sequence[int], device: torch.device | str | None = None) -> torch.Generator:
+    """A generator for one step, seeded by mixing the counters (splitmix64): nothing but plain numbers needs to be saved."""
+    state = 0
+    for counter in seed:
+        state = (state + counter + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator(device if device is not None else "cpu").manual_seed(state & 0x7FFFFFFFFFFFFFFF)
+
+
+def power_step(
+    basis: Tensor,  # (…, dim, k) V: columns nearly orthonormal, strongest first
+    g: Operator,  # G (…, dim, n), or X -> G Gᵀ X
+    scouts: Tensor | None = None,  # (…, dim, j) Gaussian, drawn after G was known; they replace the last j columns of V
+) -> tuple[Tensor, Tensor]:
+    """One warm-started block power step, V <- orth(G Gᵀ [V, S]), sorted by the energy that each column captures.
+
+    The certificate of T3 needs only that S is Gaussian given (V, G): the span of [V, S] is that of V and S projected on V's
+    complement. The projection is still carried out, for conditioning.
+
+    Returns:
+        The new basis (…, dim, k) in float32 (float64 for float64 input), and an estimate of each column's captured energy
+        ‖vᵢᵀG‖², (…, k), descending. The estimate is the ratio of successive moments ‖GGᵀq‖² / ‖Gᵀq‖², a lower bound for
+        what a single column captures after its power step, and exact for a singular vector.
+    """
+    k = basis.shape[-1]
+    q = basis.to(torch.float64 if basis.dtype == torch.float64 else torch.float32)
+    if scouts is not None and scouts.shape[-1]:
+        kept = q[..., : k - scouts.shape[-1]]
+        fresh = scouts.to(q.dtype)
+        fresh = fresh - kept @ (kept.mT @ fresh)
+        fresh = fresh / torch.linalg.vector_norm(fresh, dim=-2, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
+        q = torch.cat([kept, fresh], dim=-1)
+    if callable(g):
+        y = g(q).to(q.dtype)  # (…, dim, k)
+        rayleigh = (q * y).sum(dim=-2)  # (…, k) ‖Gᵀq‖²
+    else:
+        g = g.to(q.dtype)
+        z = g.mT @ q  # (…, n, k)
+        norm = torch.linalg.vector_norm(z, dim=-2)  # (…, k)
+        z = z / norm.clamp_min(torch.finfo(q.dtype).tiny).unsqueeze(-2)  # the square of a small gradient would underflow
+        y, rayleigh = g @ z, None
+    new, added = _orthonormalize(y)
+    # with z normalised, y = GGᵀq / ‖Gᵀq‖ and the ratio of moments is the square of what y adds
+    energy = added.square() if rayleigh is None else added.square() / rayleigh.clamp_min(torch.finfo(q.dtype).tiny)
+    energy, order = energy.sort(dim=-1, descending=True, stable=True)
+    return new.gather(-1, order.unsqueeze(-2).expand_as(new)), energy
+
+
+def rotation(new: Tensor, old: Tensor) -> Tensor:
+    """R = V_newᵀ V_old (…, k_new, k_old): coordinates U in the old basis become R U in the new one."""
+    return new.mT @ old.to(new.dtype)
+
+
+def rotate_moments(r: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's moments of U carried from one basis to another.
+
+    The first moment is linear in U, so m' = R m is exact on the span of the new basis. For the second,
+    E[(R u)ᵢ²] = Σⱼₗ Rᵢⱼ Rᵢₗ E[uⱼ uₗ]. Taking the coordinates as uncorrelated (they nearly are in a basis of singular directions)
+    leaves v' = (R ∘ R) v, which is non-negative and exact when R is a permutation with signs.
+    LDAdam (arXiv:2410.16103) treats only the *centred* coordinates as uncorrelated, (R∘R)(v - m²) + (R m)²; we depart from it because
+    with a noisy gradient m² is small beside v and the difference then only adds cancellation.
+
+    Args:
+        r: (…, k', k); m, v: (…, k, n).
+    """
+    return r @ m, r.square() @ v
+
+
+def captured_energy(basis: Tensor, g: Tensor) -> Tensor:
+    """‖VᵀG‖² / ‖G‖², (…): the fraction of G (…, dim, n) that the basis V (…, dim, k) captures; 1 for a zero G."""
+    g = g.to(basis.dtype)
+    total = torch.linalg.matrix_norm(g).square()
+    return torch.where(total > 0, torch.linalg.matrix_norm(basis.mT @ g).square() / total, 1.0)
+
+
+def estimate_energy(basis: Tensor, gram: Callable[[Tensor], Tensor], probes: Tensor) -> tuple[Tensor, Tensor]:
+    """The captured fraction when only X -> G Gᵀ X is at hand: tr(VᵀGGᵀV) exactly, the rest of tr(GGᵀ) by Hutchinson's estimator.
+
+    Probing the complement alone (Hutch++, arXiv:2010.09649) leaves no variance in what the basis has captured.
+
+    Args:
+        basis: (…, dim, k) V.
+        gram: X (…, dim, p) -> G Gᵀ X.
+        probes: (…, dim, p) independent entries of mean 0 and variance 1 (Gaussian or signs), p >= 2.
+
+    Returns:
+        The fraction, (…), and its standard error over the probes (first order in the error of the total), (…).
+    """
+    p = probes.shape[-1]
+    if p < 2:
+        raise ConfigError.of("probes.shape[-1]", p, "at least 2, a standard error needs two probes")
+    inside = (basis * gram(basis)).sum(dim=(-2, -1))
+    outside = probes - basis @ (basis.mT @ probes)
+    samples = (outside * gram(outside)).sum(dim=-2)  # (…, p), each of mean ‖G - VVᵀG‖²
+    total = inside + samples.mean(dim=-1)
+    fraction = torch.where(total > 0, inside / total, 1.0)
+    deviation = samples.std(dim=-1) / p**0.5
+    return fraction, torch.where(total > 0, deviation * inside / total.square(), 0.0)
+
+
+def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines of the principal angles between the spans of two orthonormal bases, (…, min(k_a, k_b)), descending, within [0, 1]."""
+    return torch.linalg.svdvals(rotation(a, b)).clamp(0.0, 1.0)
+
+
+def scout_alpha(dim: int, rank: int, scouts: int) -> float:
+    """T3: alpha = j / (dim - rank + j) in E‖G - VVᵀG‖² <= (1 - alpha) ‖G‖² for V after a step; 1.0 when V spans the space."""
+    return 1.0 if rank >= dim else scouts / (dim - rank + scouts)
+
+
+class Subspace:
+    """Tracks an orthonormal basis V of the dominant left subspace of a changing matrix G.
+
+    Args:
+        dim: rows of G.
+        rank: columns of V. A rank above ``dim`` is the whole space, and is kept as ``dim`` columns.
+        scouts: columns replaced by fresh Gaussian directions before every step; 0 to ``rank``.
+        batch: leading shape, for many matrices of one shape in one call.
+        seed: with the number of the step it determines the scouts and the first basis.
+        device: where the basis lives.
+        dtype: in which the basis is kept; arithmetic is in float32, or float64 for float64.
+
+    Raises:
+        ConfigError: for a dim, rank or number of scouts that is not legal.
+
+    >>> space = Subspace(4, rank=1, seed=0)
+    >>> g = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 0.0], [0.0, 0.1]])
+    >>> for _ in range(3):
+    ...     _ = space.step(g)
+    >>> round(float(space.energy(g)), 3)
+    0.999
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int,
+        scouts: int = 1,
+        batch: Sequence[int] = (),
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if dim < 1:
+            raise ConfigError.of("dim", dim, "an integer >= 1")
+        if rank < 1:
+            raise ConfigError.of("rank", rank, "an integer >= 1")
+        if not dtype.is_floating_point:
+            raise ConfigError.of("dtype", dtype, "a floating point type")
+        self.dim, self.rank, self.seed, self.dtype = dim, min(rank, dim), seed, dtype
+        if not 0 <= scouts <= self.rank:
+            raise ConfigError.of("scouts", scouts, f"an integer from 0 to the rank, {self.rank}")
+        self.scouts, self.batch, self.steps = scouts, tuple(batch), 0
+        start = gaussian((*self.batch, dim, self.rank), (seed, 0), device, torch.float64 if dtype == torch.float64 else torch.float32)
+        self._basis = orthonormalize(start).to(dtype)
+        self._previous = self._basis
+
+    @property
+    def basis(self) -> Tensor:
+        """V (…, dim, rank) with orthonormal columns, strongest first; float32 unless kept in float64."""
+        return self._basis if self.dtype in (torch.float32, torch.float64) else orthonormalize(self._basis)
+
+    @property
+    def drift(self) -> Tensor:
+        """Cosines of the principal angles with the basis before the last step, (…, rank): 1 where a direction did not move."""
+        return principal_cosines(self.basis, orthonormalize(self._previous))
+
+    @property
+    def alpha(self) -> float:
+        """The certified contraction of G -> VVᵀG in expectation over the scouts, for V after a step on G."""
+        return scout_alpha(self.dim, self.rank, self.scouts)
+
+    def step(self, g: Operator) -> Tensor:
+        """One power step with fresh scouts; g is G (…, dim, n) or X (…, dim, rank) -> G Gᵀ X. Returns the new basis."""
+        if isinstance(g, Tensor) and (g.ndim < 2 or g.shape[:-1] != (*self.batch, self.dim)):
+            raise ConfigError.of("g.shape", tuple(g.shape), f"{(*self.batch, self.dim)} and one more dimension")
+        self.steps += 1
+        scouts = None
+        if self.scouts and self.rank < self.dim:
+            shape = (*self.batch, self.dim, self.scouts)
+            scouts = gaussian(shape, (self.seed, self.steps), self._basis.device, torch.promote_types(self.dtype, torch.float32))
+        self._previous = self._basis
+        self._basis = power_step(self._basis, g, scouts)[0].to(self.dtype)
+        return self.basis
+
+    def energy(self, g: Tensor) -> Tensor:
+        """The fraction ‖VᵀG‖² / ‖G‖² of G (…, dim, n) that the basis captures, (…)."""
+        return captured_energy(self.basis, g)
+
+    def rotate(self, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments (…, rank, n) kept in the basis before the last step, carried to the present one."""
+        return rotate_moments(rotation(self.basis, self._previous), m, v)
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """Tensors and plain numbers; a restored subspace goes on exactly as this one would."""
+        return {"basis": self._basis, "previous": self._previous, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        for name in ("basis", "previous"):
+            value = state[name]
+            if not isinstance(value, Tensor) or value.shape != self._basis.shape:
+                raise ConfigError.of(f"state[{name!r}]", getattr(value, "shape", value), f"a tensor of shape {tuple(self._basis.shape)}")
+        self._basis = torch.as_tensor(state["basis"]).to(self._basis).clone()
+        self._previous = torch.as_tensor(state["previous"]).to(self._basis).clone()
+        self.steps = int(state["steps"])
