@@ -1,0 +1,51 @@
+"""Error feedback's memory: what compression left out of a gradient, kept for the next step.
+
+H_t = G_t + E_{t-1},  the step uses C(H_t),  E_t = H_t - C(H_t)   (Seide et al. 2014; Karimireddy et al., arXiv:1901.09847).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mango.errors import ConfigError
+from mango.stacked import Stacked
+
+KINDS = ("none", "gradient", "codec")
+
+
+class ErrorBuffer:
+    """The error E of same-shaped layers, in one of three forms.
+
+    ``gradient``: a float32 buffer as large as the gradient. It belongs to the optimizer's state and not to ``parameter.grad``, so
+    clearing gradients in any way (``model.zero_grad()``, ``grad = None``) does not lose it, saving keeps it, and byte counts show it.
+    ``codec``: the same through a codec (nf4: 0.5625 bytes per value); what the codec rounds away is lost.
+    ``none``: nothing is kept and E = 0.
+
+    Args:
+        kind: one of the three.
+        codec: registry name of the codec for ``codec``.
+        layers, shape, device: as of the gradients, (layers, *shape).
+    """
+
+    def __init__(self, kind: str, codec: str, layers: int, shape: Sequence[int], device: torch.device) -> None:
+        if kind not in KINDS:
+            raise ConfigError.of("error", kind, "one of " + ", ".join(KINDS))
+        self.store = None if kind == "none" else Stacked("fp32" if kind == "gradient" else codec, layers, shape, device)
+
+    def compensate(self, gradients: Sequence[Tensor], out: Tensor, sign: float = 1.0) -> Tensor:
+        """H = sign * G + E, written into ``out``: (layers, *shape) float32, contiguous. A gradient may have any shape of the same size."""
+        rows = [row.view(gradient.shape) for row, gradient in zip(out.unbind(0), gradients, strict=True)]
+        if self.store is None:
+            torch._foreach_copy_(rows, list(gradients))
+            return out if sign == 1.0 else out.mul_(sign)
+        self.store.read(out)
+        torch._foreach_add_(rows, list(gradients), alpha=sign)
+        return out
+
+    def keep(self, error: Tensor, *, generator: torch.Generator | None = None, name: str = "error") -> None:
+        """Store E = H - C(H), (layers, *shape)."""
+        if self.store is not None:
+            self.store.write(error, generator=generator, name=name)
