@@ -1,0 +1,41 @@
+"""Plain AdamW with float32 moments, for the vectors, scalars and small matrices that are not worth compressing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],  # float32, shapes of params
+    exp_avg_sqs: Sequence[Tensor],  # float32, shapes of params
+    steps: Sequence[int],  # after this step: 1 for the first
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """One step in place, for many tensors in a few kernels (arXiv:1711.05101; the order of operations is torch.optim.AdamW's)."""
+    if not params:
+        return
+    beta1, beta2 = betas
+    wide = [grad.float() for grad in grads]
+    if maximize:
+        wide = list(torch._foreach_neg(wide))
+    if weight_decay:
+        torch._foreach_mul_(list(params), 1.0 - lr * weight_decay)
+    torch._foreach_lerp_(list(exp_avgs), wide, 1.0 - beta1)
+    torch._foreach_mul_(list(exp_avg_sqs), beta2)
+    torch._foreach_addcmul_(list(exp_avg_sqs), wide, wide, 1.0 - beta2)
+    denominators = torch._foreach_sqrt(list(exp_avg_sqs))
+    torch._foreach_div_(denominators, [(1.0 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(denominators, eps)
+    updates = torch._foreach_div(list(exp_avgs), denominators)
+    torch._foreach_mul_(updates, [-lr / (1.0 - beta1**step) for step in steps])
+    torch._foreach_add_(list(params), [update.to(param.dtype) for update, param in zip(updates, params, strict=True)])

@@ -1,0 +1,177 @@
+"""The peers, each by its maintained package, called alike: ``factory(matrices, rest, lr=…, rest_lr=…, **options)``.
+
+``matrices`` and ``rest`` are (name, parameter) pairs from ``split``; ``lr`` belongs to the matrices, ``rest_lr`` to the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from mango.errors import ConfigError, MissingExtra
+from mango.optim.chain import Chain, Part
+from mango.optim.mango import Mango
+from mango.optim.plan import LayerPlan
+from mango.optim.split import Named
+
+
+def _groups(matrices: Named, rest: Named, rest_lr: float) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = [
+        {"params": [param for _, param in matrices]},
+        {"params": [param for _, param in rest], "lr": rest_lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _whole(
+    factory: Callable[..., torch.optim.Optimizer], matrices: Named, rest: Named, lr: float, rest_lr: float | None, **options: Any
+) -> Chain:
+    """One optimizer for all parameters, which sees convolutions as matrices."""
+    groups = _groups(matrices, rest, lr if rest_lr is None else rest_lr)
+    return Chain([Part(lambda inner: factory(inner, lr=lr, **options), groups, fold=True)])
+
+
+def adamw(matrices: Named, rest: Named, lr: float = 1e-3, rest_lr: float | None = None, weight_decay: float = 0.0, **options: Any) -> Chain:
+    """torch.optim.AdamW, fused (arXiv:1711.05101)."""
+    return _whole(torch.optim.AdamW, matrices, rest, lr, rest_lr, weight_decay=weight_decay, **{"fused": True, **options})
+
+
+def sgd(matrices: Named, rest: Named, lr: float = 1e-1, rest_lr: float | None = None, momentum: float = 0.9, **options: Any) -> Chain:
+    """torch.optim.SGD with momentum."""
+    return _whole(torch.optim.SGD, matrices, rest, lr, rest_lr, momentum=momentum, **options)
+
+
+def adafactor(
+    matrices: Named, rest: Named, lr: float = 1e-2, rest_lr: float | None = None, weight_decay: float = 0.0, **options: Any
+) -> Chain:
+    """torch.optim.Adafactor (arXiv:1804.04235), whose step is relative to the size of the parameter.
+
+    Convolutions are folded, or their second moment would be factored over the 3x3 window and be two thirds as large as they are.
+    """
+    return _whole(torch.optim.Adafactor, matrices, rest, lr, rest_lr, weight_decay=weight_decay, **options)
+
+
+def adamw8bit(
+    matrices: Named, rest: Named, lr: float = 1e-3, rest_lr: float | None = None, weight_decay: float = 0.0, **options: Any
+) -> Chain:
+    """bitsandbytes' AdamW8bit (arXiv:2110.02861); tensors below 4096 values keep 32-bit moments, its default."""
+    bitsandbytes = _extra("bitsandbytes", "AdamW8bit")
+    return _whole(bitsandbytes.optim.AdamW8bit, matrices, rest, lr, rest_lr, weight_decay=weight_decay, **options)
+
+
+def muon(
+    matrices: Named,
+    rest: Named,
+    lr: float = 2e-2,
+    rest_lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    rest_betas: tuple[float, float] = (0.9, 0.999),
+    **options: Any,
+) -> Chain:
+    """torch.optim.Muon for the matrices, convolutions folded; fused AdamW for the rest."""
+    return Chain(
+        [
+            Part(
+                lambda inner: torch.optim.Muon(inner, lr=lr, weight_decay=weight_decay, **options),
+                [{"params": [param for _, param in matrices]}],
+                fold=True,
+            ),
+            Part(
+                lambda inner: torch.optim.AdamW(inner, lr=rest_lr, weight_decay=weight_decay, betas=rest_betas, fused=True),
+                [{"params": [param for _, param in rest]}],
+            ),
+        ]
+    )
+
+
+def galore(
+    matrices: Named,
+    rest: Named,
+    lr: float = 1e-3,
+    rest_lr: float | None = None,
+    weight_decay: float = 0.0,
+    rank: int | float = 1 / 8,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    proj_type: str = "std",
+    **options: Any,
+) -> Chain:
+    """galore-torch's GaLoreAdamW (arXiv:2403.03507): a basis by SVD every ``update_proj_gap`` steps. ``rank`` as in LayerPlan."""
+    module = _extra("galore_torch", "GaLore", "galore-torch")
+    plan = LayerPlan(rank=rank)
+    groups: list[dict[str, Any]] = []
+    by_rank: dict[int, list[torch.Tensor]] = {}
+    for name, param in matrices:
+        by_rank.setdefault(plan.columns(param.shape[0], param[0].numel(), name), []).append(param)
+    for columns, params in by_rank.items():
+        groups.append({"params": params, "rank": columns, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type})
+    groups.append({"params": [param for _, param in rest], "lr": lr if rest_lr is None else rest_lr})
+
+    class GaLore(module.GaLoreAdamW):  # type: ignore[name-defined]
+        """With a state that loads with weights_only=True: the projector's tensor in place of the projector."""
+
+        def state_dict(self) -> dict[str, Any]:
+            saved = super().state_dict()
+            for number, state in saved["state"].items():
+                if "projector" in state:
+                    state = saved["state"][number] = dict(state)
+                    state["ortho_matrix"] = state.pop("projector").ortho_matrix
+            return saved
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    state = self.state.get(param, {})
+                    if "ortho_matrix" in state:
+                        projector = module.galore_projector.GaLoreProjector(
+                            group["rank"], update_proj_gap=group["update_proj_gap"], scale=group["scale"], proj_type=group["proj_type"]
+                        )
+                        projector.ortho_matrix = state.pop("ortho_matrix")
+                        state["projector"] = projector
+
+    options["no_deprecation_warning"] = True
+    groups = [group for group in groups if group["params"]]
+    return Chain([Part(lambda inner: GaLore(inner, lr=lr, weight_decay=weight_decay, **options), groups, fold=True)])
+
+
+def mango(
+    matrices: Named,
+    rest: Named,
+    lr: float = 1e-3,
+    rest_lr: float | None = None,
+    weight_decay: float = 0.0,
+    plan: LayerPlan | dict[str, Any] | None = None,
+    **options: Any,
+) -> Mango:
+    """Mango for the matrices, its plain AdamW for the rest."""
+    chosen = LayerPlan.of(plan if plan is not None else {})
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "plan": chosen},
+        {"params": rest, "plan": None, "lr": lr if rest_lr is None else rest_lr},
+    ]
+    return Mango([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **options)
+
+
+def _extra(package: str, purpose: str, distribution: str | None = None) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise MissingExtra.of(distribution or package, "experiments", purpose) from error
+
+
+def checked(
+    factory: Callable[..., torch.optim.Optimizer], name: str, matrices: Named, rest: Named, options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Calls a factory; what the package says about a bad option becomes a ConfigError that names the optimizer."""
+    if not matrices and not rest:
+        raise ConfigError.of("model", "no trainable parameter", "at least one parameter with requires_grad")
+    try:
+        return factory(matrices, rest, **options)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError.of(f"options of {name}", options, str(error)) from error

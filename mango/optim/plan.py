@@ -1,0 +1,78 @@
+"""How one layer's optimizer state is compressed: a validated, frozen description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mango import codecs
+from mango.errors import ConfigError
+from mango.feedback.buffer import KINDS
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The dials of one layer.
+
+    Attributes:
+        rank: columns of the basis: an integer, or a fraction in (0, 1] of the smaller matrix dimension (rounded down, at least 1).
+        scouts: basis columns that are fresh Gaussian directions before each step (T3); fewer when the rank is smaller.
+        basis_codec: how the basis is kept between steps. It is orthonormalised again before it is used (T4).
+        factor_codec: quantise the factor U = PᵀH too (LRQ, T4); None leaves it exact.
+        moment_codec: how the moments of U are kept: the first as it is, the second as its square root (see mango.optim.moments).
+        error: "codec", "gradient" or "none": where the part of H that the basis missed is kept (see mango.feedback.buffer).
+        error_codec: the codec for ``error="codec"``.
+        residual: also step along the part of H that the basis missed, with the column scales of the adaptive part (Fira).
+    """
+
+    rank: int | float = 1 / 8
+    scouts: int = 1
+    basis_codec: str = "bf16"
+    factor_codec: str | None = None
+    moment_codec: str = "int8"
+    error: str = "codec"
+    error_codec: str = "nf4"
+    residual: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int | float):
+            raise ConfigError.of("plan.rank", self.rank, "an integer >= 1 or a fraction in (0, 1]")
+        if (isinstance(self.rank, int) and self.rank < 1) or (isinstance(self.rank, float) and not 0.0 < self.rank <= 1.0):
+            raise ConfigError.of("plan.rank", self.rank, "an integer >= 1 or a fraction in (0, 1]")
+        if isinstance(self.scouts, bool) or not isinstance(self.scouts, int) or self.scouts < 0:
+            raise ConfigError.of("plan.scouts", self.scouts, "an integer >= 0")
+        for name in ("basis_codec", "factor_codec", "moment_codec", "error_codec"):
+            value = getattr(self, name)
+            if value not in codecs.REGISTRY and not (value is None and name == "factor_codec"):
+                raise ConfigError.of(f"plan.{name}", value, "one of " + ", ".join(sorted(codecs.REGISTRY)))
+        if self.error not in KINDS:
+            raise ConfigError.of("plan.error", self.error, "one of " + ", ".join(KINDS))
+        if not isinstance(self.residual, bool):
+            raise ConfigError.of("plan.residual", self.residual, "true or false")
+
+    @classmethod
+    def of(cls, value: LayerPlan | Mapping[str, Any]) -> LayerPlan:
+        """A plan from a plan or from plain values, as a configuration file has them."""
+        if isinstance(value, LayerPlan):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError.of("plan", value, "a LayerPlan, a mapping of its fields, or None for plain AdamW")
+        known = [field.name for field in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise ConfigError.of("plan", key, "one of the fields " + ", ".join(known))
+        return cls(**value)
+
+    def plain(self) -> dict[str, Any]:
+        """The fields as plain values, for ``state_dict``."""
+        return asdict(self)
+
+    def columns(self, rows: int, cols: int, name: str = "parameter") -> int:
+        """The rank for a matrix of this shape. Raises ConfigError when an integer rank is above the smaller dimension."""
+        small = min(rows, cols)
+        if isinstance(self.rank, float):
+            return max(1, int(self.rank * small))
+        if self.rank > small:
+            raise ConfigError.of("plan.rank", self.rank, f"at most {small}, the smaller dimension of {name} folded to {rows} x {cols}")
+        return self.rank
