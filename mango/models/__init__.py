@@ -1,0 +1,14 @@
+"""Models that the experiments train. ``mango.models.get("resnet", classes=10, width=32, blocks=[1, 1, 1], stem="patch2")``."""
+
+from mango.registry import Registry
+
+REGISTRY = Registry(
+    "model",
+    {
+        "resnet": "mango.models.resnet:ResNet",
+        "resnet18": "mango.models.resnet:resnet18",
+    },
+)
+get = REGISTRY.get
+
+__all__ = ["REGISTRY", "get"]

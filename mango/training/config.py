@@ -1,0 +1,234 @@
+"""The one typed configuration: a tier's YAML file, read by ``mango train`` and by the workflow alike.
+
+Every class forbids unknown keys. Errors name the field by its dotted path, its value and what is legal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from mango.errors import ConfigError, MissingExtra
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+except ImportError as error:
+    raise MissingExtra.of("pydantic", "experiments", "mango.training") from error
+
+from mango.training.messages import explain
+from mango.training.yamlfile import parse, read
+
+T = TypeVar("T", bound=BaseModel)
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """Base of every part: no unknown keys, no silent conversion, no change after validation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Data(Strict):
+    """Which images: see ``mango.data.load``."""
+
+    name: Literal["cifar10", "digits"]
+    source: Literal["auto", "local", "download", "embedded"] = "auto"
+    train: Positive | None = Field(None, description="training images, class-balanced; null = all")
+    test: Positive | None = Field(None, description="test images, class-balanced; null = all")
+    validation: Count = Field(0, description="images held out of the training set, for tuning")
+    evaluate: Literal["test", "validation"] = Field("test", description="the split that is evaluated; tuning uses validation")
+    augment: bool = Field(True, description="random crops, and mirror images where a class keeps its meaning")
+
+
+class ResNet(Strict):
+    """A small residual network: see ``mango.models.resnet``."""
+
+    name: Literal["resnet"]
+    width: Positive = 32
+    blocks: Annotated[list[Positive], Field(min_length=1)] = [1, 1, 1]
+    stem: Literal["conv", "patch2", "patch4"] = "conv"
+
+
+class ResNet18(Strict):
+    """ResNet-18 with the stem for 32x32 images."""
+
+    name: Literal["resnet18"]
+
+
+Model = Annotated[ResNet | ResNet18, Field(discriminator="name")]
+
+
+class Train(Strict):
+    """How long, how fast and on what."""
+
+    steps: Positive
+    batch: Positive
+    eval_every: Positive = Field(100, description="steps between evaluations; the last step is always evaluated")
+    eval_batch: Positive = 500
+    log_every: Positive = Field(10, description="steps whose training losses are averaged into one line of metrics.jsonl")
+    checkpoint_every: Positive = Field(100, description="steps between checkpoints")
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="a checkpoint is also written when the last one is this old"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Count = Field(0, description="steps of linear warm-up")
+    floor: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="the schedule ends at this share of the learning rate")
+    clip: Annotated[float, Field(gt=0)] | None = Field(None, description="largest global gradient norm; null = no clipping")
+    autocast: Literal["bf16"] | None = None
+    channels_last: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Positive = Field(1, description="CPU threads; part of the configuration because sums depend on it")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Train:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup = {self.warmup} is not legal: fewer than the {self.steps} steps")
+        return self
+
+
+class Variant(Strict):
+    """One method: an optimizer of ``mango.optim.REGISTRY`` and its options."""
+
+    label: str | None = Field(None, description="name in tables and figures; null = the variant's key")
+    optimizer: str
+    options: dict[str, Any] = {}
+    freeze: bool = Field(False, description="the layers under test do not train")
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="the values that were tried for each option when it was tuned"
+    )
+
+
+class Controls(Strict):
+    """Names of the two control variants (see ``mango.training.judge``)."""
+
+    dense: str
+    frozen: str
+
+
+class Experiment(Strict):
+    """Data, model, training and the methods to compare on them."""
+
+    seeds: Annotated[list[Count], Field(min_length=1)]
+    minutes: Annotated[float, Field(gt=0)] = Field(description="declared share of the tier's time")
+    data: Data
+    model: Model
+    train: Train
+    controls: Controls | None = None
+    variants: Annotated[dict[str, Variant], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _controls_exist(self) -> Experiment:
+        for role, name in self.controls.model_dump().items() if self.controls is not None else ():
+            if name not in self.variants:
+                raise ValueError(f"controls.{role} = {name!r} is not legal: one of {', '.join(sorted(self.variants))}")
+        return self
+
+
+class Theory(Strict):
+    """Which theorems the tier checks."""
+
+    seed: Count = 0
+    theorems: list[str] | None = Field(None, description="null = all")
+
+
+class TierConfig(Strict):
+    """A whole tier: workflow/config/<tier>.yaml."""
+
+    tier: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    theory: Theory = Field(default_factory=lambda: Theory(theorems=None))
+    wandb: bool = Field(False, description="also log to Weights & Biases, offline unless WANDB_MODE says otherwise")
+    experiments: Annotated[dict[str, Experiment], Field(min_length=1)]
+
+
+class RunConfig(Strict):
+    """What one variant of one experiment does; its hash is the run's identity. The seed and the names are kept beside it."""
+
+    data: Data
+    model: Model
+    train: Train
+    optimizer: str
+    options: dict[str, Any] = {}
+    freeze: bool = False
+
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class RunSpec(Strict):
+    """One run: who it is and what it does."""
+
+    experiment: str
+    variant: str
+    tier: str
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    label: str
+    config: RunConfig
+    wandb: bool = False
+
+
+def load(path: str | Path) -> TierConfig:
+    """Read and validate a tier's file.
+
+    Raises: ConfigError naming the file, the field, its value and what is legal.
+    """
+    return validated(TierConfig, read(Path(path)), str(path))
+
+
+def resolve(tier: TierConfig, experiment: str, variant: str, seed: int, overrides: list[str] | None = None, wandb: bool = False) -> RunSpec:
+    """The run that ``mango train`` names.
+
+    Args:
+        overrides: ``key=value`` each; the key is a dotted path into ``RunConfig`` ("train.steps", "options.lr"), the value is YAML.
+
+    Raises: ConfigError for an unknown experiment, variant or key, or an illegal value.
+    """
+    if experiment not in tier.experiments:
+        raise ConfigError.of("experiment", experiment, f"one of {', '.join(sorted(tier.experiments))} (tier {tier.tier})")
+    chosen = tier.experiments[experiment]
+    if variant not in chosen.variants:
+        raise ConfigError.of("variant", variant, f"one of {', '.join(sorted(chosen.variants))} (experiment {experiment})")
+    method = chosen.variants[variant]
+    config: dict[str, Any] = chosen.model_dump(include={"data", "model", "train"}) | method.model_dump(
+        include={"optimizer", "options", "freeze"}
+    )
+    for override in overrides or []:
+        _set(config, override)
+    spec = {
+        "experiment": experiment,
+        "variant": variant,
+        "tier": tier.tier,
+        "seed": seed,
+        "label": method.label or variant,
+        "wandb": wandb or tier.wandb,
+    }
+    run_config = validated(RunConfig, config, "--set" if overrides else f"experiments.{experiment}")
+    return validated(RunSpec, spec | {"config": run_config}, "run")
+
+
+def validated(model: type[T], value: Any, where: str) -> T:
+    """``value`` as ``model``. Raises: ConfigError with the first thing that is wrong, prefixed with ``where``."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error, model)}") from None
+
+
+def _set(config: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError.of("--set", override, "key=value, for example train.steps=100")
+    *parents, last = key.split(".")
+    place = config
+    for depth, name in enumerate(parents):
+        inner = place.get(name)
+        if inner is None and parents[0] == "options":  # an option that the file leaves out
+            inner = place[name] = {}
+        if not isinstance(inner, dict):
+            sections = [key for key, below in place.items() if isinstance(below, dict)]
+            raise ConfigError.of("--set " + ".".join(parents[: depth + 1]), value, "one of " + ", ".join(sorted(sections or place)))
+        place = inner
+    place[last] = parse(value, f"--set {key}")

@@ -1,0 +1,320 @@
+"""The one training loop: data -> model -> backward -> optimizer -> telemetry -> run record."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mango import data as datasets
+from mango import models, optim
+from mango.errors import ConfigError, NonFinite
+from mango.telemetry import MemoryLedger, PowerSampler, RunLog, wandb
+from mango.telemetry.memory import rss_peak
+from mango.training import checkpoint, record, schedule, summary
+from mango.training.config import RunSpec
+from mango.training.record import RunRecord
+from mango.training.session import CHECKPOINT, METRICS, MODEL, RECORD, Interrupted, Stop, choose_device, deterministic, open_folder, threads
+from mango.training.summary import Counters, plan_of
+
+Progress = Callable[[str, int, int], None]  # what is done ("images decoded", "steps"), how many so far, of how many (0 = unknown)
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """An optimizer that certifies its compression, such as ``mango.Mango``."""
+
+    def observe(self, on: bool = True) -> None: ...
+
+    def diagnostics(self) -> dict[str, dict[str, float]]: ...
+
+
+def train(run: RunSpec, out: str | Path, *, resume: bool = False, force: bool = False, progress: Progress | None = None) -> RunRecord:
+    """Train one variant with one seed and write ``run.json``, ``metrics.jsonl`` and ``model.pt`` into ``out``.
+
+    While it runs, ``checkpoint.pt`` is what ``resume`` continues from, bit for bit on the CPU; it is removed once the run is complete.
+
+    Args:
+        run: from ``mango.training.config.resolve``.
+        resume: continue from the checkpoint in ``out``; without one start from the beginning; a completed run is returned as it is.
+        force: start over, whatever ``out`` holds.
+        progress: told what is going on.
+
+    Raises: ConfigError, DataError, MissingExtra; NonFinite when the loss or a weight is not finite (the last checkpoint is kept);
+        OSError when files cannot be written; Interrupted after SIGINT or SIGTERM.
+    """
+    out = Path(out)
+    open_folder(out, resume=resume, force=force)
+    if resume and (out / RECORD).is_file():
+        done = record.load(out / RECORD)
+        if (done.config_hash, done.seed) != (run.config.hash(), run.seed):
+            raise ConfigError.of(
+                "--resume",
+                str(out),
+                "the folder of this very run; it holds a completed run with another configuration or seed (--force replaces it)",
+            )
+        (out / CHECKPOINT).unlink(missing_ok=True)
+        return done
+    with threads(run.config.train.threads):
+        return _Trainer(run, out, resume, progress).run()
+
+
+class _Trainer:
+    def __init__(self, run: RunSpec, out: Path, resume: bool, progress: Progress | None) -> None:
+        self.spec, self.config, self.out = run, run.config, out
+        self.progress = progress or (lambda *_: None)
+        settings = self.config.train
+        self.device = choose_device(settings.device)
+        if self.config.optimizer not in optim.REGISTRY:
+            raise ConfigError.of("optimizer", self.config.optimizer, "one of " + ", ".join(sorted(optim.REGISTRY)))
+        torch.manual_seed(run.seed)
+        chosen = self.config.data
+        loaded = datasets.load(
+            chosen.name,
+            chosen.source,
+            chosen.train,
+            chosen.test,
+            chosen.validation,
+            lambda done: self.progress("images decoded", done, 0),
+        )
+        if chosen.evaluate not in loaded.splits:
+            raise ConfigError.of("data.validation", chosen.validation, "at least 1 when data.evaluate is validation")
+        if settings.batch > len(loaded.splits["train"]):
+            raise ConfigError.of("train.batch", settings.batch, f"at most the {len(loaded.splits['train'])} training examples")
+        self.identity = loaded.identity()
+        self.data = loaded.to(self.device)
+        options = self.config.model.model_dump(exclude={"name"})
+        self.model: nn.Module = models.get(self.config.model.name, classes=len(self.data.classes), **options).to(self.device)
+        if settings.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        under_test, _ = optim.split(self.model, self.config.options.get("exclude", ()))
+        self.under_test = sum(parameter.numel() for _, parameter in under_test)
+        for _, parameter in under_test if self.config.freeze else ():
+            parameter.requires_grad_(False)
+        self.optimizer = optim.build(self.config.optimizer, self.model, **self.config.options)
+        self.observable = self.optimizer if isinstance(self.optimizer, Observable) else None
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.ledger = MemoryLedger(self.model)
+        self.pending: list[tuple[int, Tensor, Tensor, int]] = []  # step, loss, correct answers and answers of steps not read yet
+        self.counters = Counters(started=datetime.now(UTC).isoformat(timespec="seconds"), plan=plan_of(self.optimizer))
+        lines = self._restore() if resume and (out / CHECKPOINT).is_file() else []
+        self.log = RunLog(out / METRICS, lines)
+
+    def run(self) -> RunRecord:
+        with ExitStack() as stack:
+            stack.enter_context(self.log)
+            stack.enter_context(deterministic())
+            self.sink = self._open_wandb(stack) if self.spec.wandb else None
+            stop = stack.enter_context(Stop().listening())
+            self.power = stack.enter_context(PowerSampler(source="auto" if self.device.type == "cuda" else "rapl"))
+            self.joules_before = self.counters.joules
+            self.resumed_at = time.monotonic() - self.counters.wall_seconds
+            saved_step, saved_at = self.counters.step, time.monotonic()
+            settings = self.config.train
+            while self.counters.step < settings.steps:
+                self._step()
+                step = self.counters.step
+                self.progress("steps", step, settings.steps)
+                if step % settings.log_every == 0 or step == settings.steps:
+                    self._log_training()
+                if step % settings.eval_every == 0 or step == settings.steps:
+                    self._evaluate()
+                due = step % settings.checkpoint_every == 0 or time.monotonic() - saved_at >= settings.checkpoint_seconds
+                if step > saved_step and (due or step == settings.steps or stop.number is not None):
+                    self._checkpoint()
+                    saved_step, saved_at = step, time.monotonic()
+                if stop.number is not None:
+                    raise Interrupted(stop.number, self.out / CHECKPOINT)
+            self._update_costs()
+        return self._finish()
+
+    def _open_wandb(self, stack: ExitStack) -> Any:
+        spec = self.spec
+        return stack.enter_context(
+            wandb.session(self.out, f"{spec.variant}-{spec.seed}", f"{spec.tier}-{spec.experiment}", spec.model_dump())
+        )
+
+    def _step(self) -> None:
+        """One optimizer step; counts it only when it is whole."""
+        settings, counters = self.config.train, self.counters
+        begin = time.perf_counter()
+        lr_factor = schedule.factor(counters.step, settings.steps, settings.schedule, settings.warmup, settings.floor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor
+        inputs, targets = self.data.batch(counters.step, settings.batch, self.spec.seed, self.config.data.augment)
+        self.model.train()
+        first = counters.step == 0
+        with self.ledger.activations() if first else nullcontext():
+            loss, logits = self._loss(inputs, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if first:
+            counters.gradients, counters.saved_activations = self.ledger.gradients(), self.ledger.saved_activations
+        if settings.clip is not None:
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], settings.clip)
+        self.pending.append((counters.step + 1, loss.detach(), (logits.detach().argmax(-1) == targets).sum(), targets.numel()))
+        last = counters.step + 1 == settings.steps
+        if self.device.type == "cpu" or (counters.step + 1) % settings.log_every == 0 or last:
+            self._settle()
+        observer = self.observable if last or (counters.step + 1) % settings.eval_every == 0 else None
+        if observer is not None:
+            observer.observe(True)
+        try:
+            self.optimizer.step()
+        except NonFinite as error:
+            raise self._non_finite(str(error), counters.step + 1) from error
+        counters.step += 1
+        if observer is not None:
+            self._observe(observer)
+        counters.step_seconds += time.perf_counter() - begin
+
+    def _settle(self) -> None:
+        """Read the losses of the last steps: at every step on a CPU, seldom on an accelerator, where each reading waits for the device."""
+        counters = self.counters
+        for step, loss, correct, count in self.pending:
+            value = float(loss)
+            if not math.isfinite(value):
+                raise self._non_finite(f"the training loss is {value}", step)
+            counters.losses.append(value)
+            counters.correct += int(correct)
+            counters.seen += count
+        self.pending = []
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.config.train
+        inputs = inputs if settings.channels_last else inputs.contiguous()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
+            logits = self.model(inputs)
+        return functional.cross_entropy(logits.float(), targets), logits
+
+    def _observe(self, observer: Observable) -> None:
+        """Keep what the optimizer certified and measured on this step."""
+        for layer, values in observer.diagnostics().items():
+            row = {"step": self.counters.step, "layer": layer}
+            self.counters.contraction.append(
+                row | {key: float(values[key]) for key in ("certified", "measured", "energy", "drift") if key in values}
+            )
+        observer.observe(False)
+
+    def _log_training(self) -> None:
+        counters = self.counters
+        counters.train_loss = math.fsum(counters.losses) / len(counters.losses)
+        self._write("train", counters.train_loss, counters.correct / counters.seen)
+        counters.losses, counters.correct, counters.seen = [], 0, 0
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        split = self.config.data.evaluate
+        self.model.eval()
+        total, correct, seen = 0.0, 0, 0
+        for inputs, targets in self.data.evaluation(split, self.config.train.eval_batch):
+            loss, logits = self._loss(inputs, targets)
+            total += float(loss) * targets.numel()
+            correct += int((logits.argmax(-1) == targets).sum())
+            seen += targets.numel()
+        loss_value, accuracy = total / seen, correct / seen
+        if not math.isfinite(loss_value):
+            raise self._non_finite(f"the {split} loss is {loss_value}", self.counters.step)
+        self._write(split, loss_value, accuracy)
+        scores: dict[str, float | None] = {
+            "step": self.counters.step,
+            "train_loss": self.counters.train_loss,
+            f"{split}_loss": loss_value,
+            f"{split}_accuracy": accuracy,
+        }
+        self.counters.final = scores
+        if self.counters.lowest is None or loss_value < self.counters.lowest:
+            self.counters.lowest, self.counters.best = loss_value, scores
+
+    def _write(self, split: str, loss: float, accuracy: float) -> None:
+        lr = self.optimizer.param_groups[0]["lr"]
+        row = {"step": self.counters.step, "split": split, "loss": loss, "accuracy": accuracy, "lr": lr}
+        self.log.write(row | {"time": round(time.monotonic() - self.resumed_at, 3)})
+        if self.sink is not None:
+            self.sink.log({f"{split}/loss": loss, f"{split}/accuracy": accuracy, "lr": lr}, step=self.counters.step)
+
+    def _non_finite(self, what: str, step: int) -> NonFinite:
+        kept = self.out / CHECKPOINT
+        last = f"the last good checkpoint is {kept}" if kept.is_file() else "there is no checkpoint yet"
+        return NonFinite(f"{what} at step {step}: lower the learning rate or clip the gradient (train.clip); {last}")
+
+    def _update_costs(self) -> None:
+        counters = self.counters
+        counters.wall_seconds = time.monotonic() - self.resumed_at
+        counters.rss_peak = max(counters.rss_peak, rss_peak())
+        measured = self.power.joules
+        counters.joules = None if measured is None or self.joules_before is None else self.joules_before + measured
+
+    def _checkpoint(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise self._non_finite(f"{name} is not finite", self.counters.step)
+        self._settle()
+        self._update_costs()
+        self.log.sync()
+        content = {
+            "run": self._identity(),
+            "counters": asdict(self.counters),
+            "metrics": self.log.lines,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        checkpoint.save(self.out / CHECKPOINT, content)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued."""
+        return {
+            "experiment": self.spec.experiment,
+            "variant": self.spec.variant,
+            "seed": self.spec.seed,
+            "config_hash": self.config.hash(),
+            "fingerprint": self.identity["fingerprint"],
+        }
+
+    def _restore(self) -> list[str]:
+        """Take up the checkpoint; returns the metrics lines it kept."""
+        path = self.out / CHECKPOINT
+        content = checkpoint.load(path)
+        for key, value in self._identity().items():
+            if content["run"].get(key) != value:
+                raise ConfigError.of(
+                    f"--resume: {key} of {path}", content["run"].get(key), f"{value!r}, as this run asks; --force starts over"
+                )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["rng"])
+        if content["rng_device"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(content["rng_device"], self.device)
+        self.counters = Counters(**content["counters"])
+        self.counters.resumed.append(self.counters.step)
+        return content["metrics"]
+
+    def _finish(self) -> RunRecord:
+        """Write the final weights, then the record (its presence means: complete), then drop the checkpoint."""
+        counters = self.counters
+        result = summary.record_of(
+            self.spec,
+            counters,
+            device=self.device,
+            data=self.identity,
+            unit=f"{self.data.unit}/s",
+            memory={"parameters": self.ledger.parameters(), "optimizer_state": optim.state_nbytes(self.optimizer)},
+            parameters={"total": sum(p.numel() for p in self.model.parameters()), "compressed": self.under_test},
+            power=self.power,
+        )
+        checkpoint.save(self.out / MODEL, {"run": self._identity(), "step": counters.step, "model": self.model.state_dict()})
+        record.save(self.out / RECORD, result)
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+        return result

@@ -1,0 +1,163 @@
+"""The run record, ``run.json``: validated when it is written and when it is read; ``mango.training.schema`` exports its JSON schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mango.errors import ConfigError
+from mango.training import atomic
+from mango.training.config import RunConfig, Strict, validated
+
+VERSION = 1
+
+
+class Git(Strict):
+    """None where mango was not imported from a git checkout."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+class Hardware(Strict):
+    cpu: str
+    cores: int
+    device: Literal["cpu", "cuda"]
+    gpu: str | None
+    driver: str | None
+
+
+class DataIdentity(Strict):
+    """The data actually used; ``title`` is for captions."""
+
+    name: str
+    source: Literal["local", "download", "embedded"]
+    title: str
+    fingerprint: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 over every split's pixels and labels")
+    train: int
+    test: int
+    validation: int = 0
+
+
+class Throughput(Strict):
+    value: float = Field(ge=0, description="training examples per second of training steps (evaluation and checkpoints left out)")
+    unit: str
+
+
+class Scores(Strict):
+    """``test_*`` when the test set was evaluated, ``validation_*`` when the configuration chose the validation set."""
+
+    step: int
+    train_loss: float | None = None
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+
+class Metrics(Strict):
+    final: Scores
+    best: Scores = Field(description="at the evaluation with the lowest loss")
+
+
+class Memory(Strict):
+    """Bytes (see ``mango.telemetry.MemoryLedger``)."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int = Field(description="everything kept between steps beside the parameters")
+    saved_activations: int = Field(description="largest sum of what autograd kept for the backward pass, on the first step")
+    rss_peak: int
+    device_peak_allocated: int | None
+    device_peak_reserved: int | None
+
+
+class Parameters(Strict):
+    total: int
+    compressed: int = Field(
+        description="those of the layers under test, which methods compress and the frozen control freezes (mango.optim.split)"
+    )
+
+
+class Energy(Strict):
+    """``joules`` is null when nothing measured it, and then ``reason`` says why."""
+
+    joules: float | None
+    source: str | None
+    reason: str | None
+
+
+class PlanStep(Strict):
+    step: int
+    layers: dict[str, dict[str, Any]]
+
+
+class Contraction(Strict):
+    """At one step of one layer: the certified share of the squared norm that compression keeps, and the measured one."""
+
+    step: int
+    layer: str
+    certified: float
+    measured: float
+    energy: float | None = None
+    drift: float | None = None
+
+
+class RunRecord(Strict):
+    """One completed run."""
+
+    schema_version: Literal[1]
+    experiment: str
+    variant: str
+    label: str
+    tier: str
+    seed: int
+    config: RunConfig
+    config_hash: str = Field(pattern="^[0-9a-f]{64}$")
+    git: Git
+    lock_hash: str | None
+    packages: dict[str, str]
+    hardware: Hardware
+    data: DataIdentity
+    started: str = Field(description="UTC, ISO 8601")
+    resumed: list[int] = Field(description="the steps at which the run was resumed from a checkpoint")
+    steps: int
+    wall_seconds: float = Field(ge=0)
+    throughput: Throughput
+    metrics: Metrics
+    memory: Memory
+    parameters: Parameters
+    energy: Energy
+    plan: list[PlanStep] = Field(description="what is kept per layer, at each step where it changed; empty for methods without a plan")
+    contraction: list[Contraction] = Field(description="at the evaluation steps; empty for methods that certify nothing")
+    status: Literal["completed"]
+
+
+def save(path: Path, record: RunRecord) -> None:
+    """Write the record atomically, validated as it will be read. Raises: ConfigError, OSError."""
+    text = record.model_dump_json(indent=1)
+    parse(text, path)
+    atomic.write(path, lambda file: file.write(text.encode() + b"\n"))
+
+
+def load(path: str | Path) -> RunRecord:
+    """Read a record.
+
+    Raises: ConfigError naming the file, the field, its value and what is legal.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError.of("run record", str(path), "an existing run.json")
+    return parse(path.read_text(), path)
+
+
+def parse(text: str, path: Path) -> RunRecord:
+    """The record in a JSON text; ``path`` is named in errors."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    return validated(RunRecord, content, str(path))
