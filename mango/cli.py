@@ -1,0 +1,235 @@
+"""The command line. Heavy imports happen inside the commands, so that ``mango --help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mango.errors import MangoError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns: the exit code: 0 done, 1 a check failed, 2 bad input (one line on stderr), 130 or 143 after SIGINT or SIGTERM.
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.command(parsed)
+    except MangoError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except KeyboardInterrupt:
+        print("mango: interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    print("mango: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with the house's errors: one line, exit code 2."""
+
+    def error(self, message: str) -> Any:
+        sys.exit(_fail(f"{message} (see {self.prog} --help)"))
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: Any, **__: Any) -> None:
+        from mango import __version__
+
+        print(f"mango {__version__}")
+        sys.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mango", description="Train large models in little memory, with certified bounds.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    train = commands.add_parser(
+        "train",
+        help="train one variant of one experiment with one seed",
+        description="Train one variant of one experiment with one seed; write run.json, metrics.jsonl and model.pt into the output folder.",
+        epilog="Example: mango train cifar10 --config workflow/config/smoke.yaml --variant adamw --out /tmp/run --set train.steps=20",
+    )
+    train.add_argument("experiment", help="a key of the file's experiments")
+    train.add_argument("--config", required=True, metavar="FILE", help="a tier's YAML file, workflow/config/<tier>.yaml")
+    train.add_argument("--variant", required=True, metavar="NAME", help="a key of the experiment's variants")
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="determines initialisation, batches and augmentation (default 0)")
+    train.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value, e.g. train.steps=20, options.lr=1e-3, data.source=local",
+    )
+    train.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder, if there is one")
+    train.add_argument("--force", action="store_true", help="start over, whatever the output folder holds")
+    train.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (offline unless WANDB_MODE says otherwise)")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.set_defaults(command=_train)
+
+    data = commands.add_parser(
+        "data", help="list, verify or fetch datasets", description="Datasets: what is here, whether it is whole, how to get it."
+    )
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=_Parser)
+    listing = actions.add_parser("list", help="every dataset and where it would be taken from")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    listing.set_defaults(command=_data_list)
+    verify = actions.add_parser("verify", help="check checksums and decode every image")
+    verify.add_argument("name", nargs="*", help="datasets (default: all)")
+    verify.set_defaults(command=_data_verify)
+    fetch = actions.add_parser("fetch", help="download a dataset into the cache (the only command that uses the network)")
+    fetch.add_argument("name", help="a dataset")
+    fetch.set_defaults(command=_data_fetch)
+
+    doctor = commands.add_parser("doctor", help="what is installed, what is missing and how to get it")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(command=_doctor)
+
+    bench = commands.add_parser(
+        "bench", help="compare with peers in one process", description="Timings and bytes beside peers', measured in one process."
+    )
+    bench.add_argument("name", help="which comparison, e.g. codecs, optimizers")
+    bench.add_argument("--json", action="store_true", help="print JSON rows")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from mango.training import config
+
+    tier = config.load(options.config)
+    run = config.resolve(tier, options.experiment, options.variant, options.seed, options.set, options.wandb)
+    from mango.training.loop import train  # torch comes in only after the configuration has been found good
+    from mango.training.session import Interrupted
+
+    with _Bars(enabled=not options.quiet) as bars:
+        try:
+            result = train(run, options.out, resume=options.resume, force=options.force, progress=bars.update)
+        except Interrupted as stopped:
+            bars.close()
+            print(f"mango: {stopped}", file=sys.stderr)
+            return 128 + stopped.number
+    final = result.metrics.final.model_dump(exclude_none=True, exclude={"step"})
+    scores = ", ".join(f"{key} {value:.4f}" for key, value in final.items())
+    name, took = f"{run.experiment}/{run.variant}/{run.seed}", f"{result.steps} steps in {result.wall_seconds:.1f} s"
+    print(f"{name} on {result.data.title}: {scores}; {took} -> {options.out}")
+    return 0
+
+
+def _data_list(options: argparse.Namespace) -> int:
+    from mango import data
+    from mango.data.sources import cache_root, data_root
+
+    rows = []
+    for name, description in data.NAMES.items():
+        source, origin = data.find(name, "auto")
+        rows.append(
+            {
+                "name": name,
+                "description": description,
+                "source": source,
+                "title": origin.title,
+                "place": str(getattr(origin, "path", getattr(origin, "root", ""))),
+            }
+        )
+    if options.json:
+        print(json.dumps({"data": str(data_root() or ""), "cache": str(cache_root()), "datasets": rows}, indent=2))
+    else:
+        print(f"data folder: {data_root() or 'none (set MANGO_DATA)'}\ncache: {cache_root()}")
+        print(table(rows))
+    return 0
+
+
+def _data_verify(options: argparse.Namespace) -> int:
+    from mango import data
+
+    for name in options.name or data.NAMES:
+        with _Bars(enabled=True) as bars:
+            loaded = data.load(name, progress=lambda done, bars=bars: bars.update("images decoded", done, 0))
+        found = loaded.identity()
+        print(f"{name}: {found['title']} ({found['source']}), {found['train']} + {found['test']} images, sha256 {found['fingerprint']}")
+    return 0
+
+
+def _data_fetch(options: argparse.Namespace) -> int:
+    from mango import data
+
+    _, origin = data.find(options.name, "download")
+    print(f"{options.name}: {origin.title} in {getattr(origin, 'root', '')}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from mango import doctor
+
+    findings = doctor.examine()
+    print(json.dumps([finding.plain() for finding in findings], indent=2) if options.json else doctor.text(findings))
+    return 0 if all(finding.ok for finding in findings if finding.required) else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from mango import bench
+
+    rows = bench.REGISTRY.load(options.name)()
+    print(json.dumps(rows, indent=2) if options.json else table(rows))
+    return 0
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned text columns; numbers with four significant digits."""
+    if not rows:
+        return "(nothing)"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    grid = [columns] + [[cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[index]) for line in grid) for index in range(len(columns))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in grid)
+
+
+class _Bars:
+    """One progress bar per kind of work, on stderr, only where someone watches."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled and sys.stderr.isatty()
+        self.kind = ""
+        self.bar: Any = None
+
+    def update(self, kind: str, done: int, total: int) -> None:
+        if not self.enabled:
+            return
+        if kind != self.kind:
+            from mango.compat import require
+
+            self.close()
+            tqdm: Callable[..., Any] = require("tqdm", extra="experiments", purpose="progress bars").tqdm
+            self.kind, self.bar = kind, tqdm(total=total or None, desc=kind, unit="", dynamic_ncols=True, leave=False)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.kind, self.bar = "", None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
