@@ -1,0 +1,48 @@
+"""Figures and numbers. Notebooks run under papermill; the executed copy is a log, so that a failed one is kept and can be opened."""
+
+# Notebook -> the figures it leaves, each as PDF and PNG. The name after the number is the experiment that it reads, or "theory".
+FIGURES = {
+    "01_cifar10": ["curves", "pareto", "recovered", "contraction"],
+    "02_theory": [],
+}
+NOTEBOOKS = [name for name in FIGURES if name[3:] in ("theory", *TIER_CONFIG.experiments)]
+
+for notebook in NOTEBOOKS:
+
+    rule:
+        name:
+            f"notebook_{notebook}"
+        input:
+            notebook=f"notebooks/{notebook}.ipynb",
+            records=jobs.notebook_records(TIER_CONFIG, notebook[3:]),
+        output:
+            numbers=f"{RESULTS}/figures/{notebook}/numbers.json",
+            pdf=expand(f"{RESULTS}/figures/{notebook}/{{figure}}.pdf", figure=FIGURES[notebook]),
+            png=[
+                report(
+                    f"{RESULTS}/figures/{notebook}/{figure}.png",
+                    category="Figures",
+                    subcategory=notebook,
+                    labels={"figure": figure},
+                    caption=f"../report/{notebook}_{figure}.rst",
+                )
+                for figure in FIGURES[notebook]
+            ],
+        log:
+            notebook=f"{LOGS}/notebooks/{notebook}.ipynb",
+            text=f"{LOGS}/notebooks/{notebook}.log",
+        benchmark:
+            f"{LOGS}/notebooks/{notebook}.tsv"
+        threads: 1
+        resources:
+            mem_mb=3000,
+            runtime=20,
+        params:
+            code=jobs.notebook_code(notebook),
+            tier=TIER,
+            out=subpath(output.numbers, parent=True),
+        message:
+            f"Running notebooks/{notebook}.ipynb"
+        shell:
+            "OMP_NUM_THREADS={threads} papermill {input.notebook} {log.notebook} --kernel python3 --no-progress-bar"
+            " -p tier {params.tier} -p results results -p out {params.out} > {log.text} 2>&1"
