@@ -1,0 +1,165 @@
+"""The whole artifact on tiny settings, in a copy of the working tree: real snakemake, papermill and LaTeX."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkout
+import pytest
+import yaml
+
+pytestmark = pytest.mark.xdist_group("workflow")  # one worker: the artifact is made once
+
+SETTINGS = "workflow/config/smoke.yaml"
+VARIANTS = ("adamw", "frozen", "galore", "mango")
+THEOREMS = ("T1", "T2")
+
+
+def shrink(path: Path) -> None:
+    """The smoke tier with fewer steps, images and theorems, on the embedded data, and a variant that Mango's codecs do not touch."""
+    settings = yaml.safe_load(path.read_text())
+    experiment = settings["experiments"]["cifar10"]
+    experiment["data"] |= {"source": "embedded", "train": 200, "test": 60}
+    experiment["train"] |= {"steps": 8, "batch": 20, "eval_every": 4, "log_every": 2, "checkpoint_every": 4, "warmup": 1}
+    experiment["variants"]["galore"] = {
+        "label": "GaLore",
+        "optimizer": "galore",
+        "options": {"lr": 0.01, "rank": 0.125},
+        "grid": {"lr": [0.003, 0.01]},
+    }
+    experiment["variants"] = {name: experiment["variants"][name] for name in VARIANTS}
+    settings["theory"] = {"seed": 0, "theorems": list(THEOREMS)}
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+@dataclass
+class Artifact:
+    folder: Path
+    output: str  # of the first run
+
+    def snakemake(self, *arguments: str, settings: str = SETTINGS) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"MANGO_CACHE": str(self.folder / "cache")}
+        command = [sys.executable, "-m", "snakemake", "--configfile", settings, *arguments]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600)
+
+    def pending(self) -> set[str]:
+        """The messages of the jobs that a run would start now."""
+        planned = self.snakemake("--dry-run")
+        assert planned.returncode == 0, planned.stderr
+        return set(re.findall(r"^Job \d+: (.*)$", planned.stdout + planned.stderr, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = checkout.copy(tmp_path_factory.mktemp("artifact"))
+    shrink(folder / SETTINGS)
+    made = Artifact(folder, "")
+    done = made.snakemake()
+    made.output = done.stdout + done.stderr
+    assert done.returncode == 0, made.output[-6000:]
+    return made
+
+
+def test_one_command_makes_records_figures_numbers_and_the_pdf(artifact: Artifact) -> None:
+    smoke = artifact.folder / "results/smoke"
+    assert {path.parent.parent.name for path in smoke.glob("cifar10/*/0/run.json")} == set(VARIANTS)
+    assert {path.stem for path in smoke.glob("theory/*.json")} == set(THEOREMS)
+    assert json.loads((smoke / "data/cifar10.json").read_text())["title"] == "digits (embedded stand-in)"
+    for notebook in ("01_cifar10", "02_theory"):
+        assert json.loads((smoke / f"figures/{notebook}/numbers.json").read_text())
+    pdf = artifact.folder / "paper/build/smoke/mango.pdf"
+    assert pdf.read_bytes().startswith(b"%PDF") and pdf.stat().st_size > 50_000
+    assert not (artifact.folder / "paper/build/mango.pdf").exists(), "that one is the laptop tier's"
+
+
+def test_it_uses_the_default_profile_and_shows_progress(artifact: Artifact) -> None:
+    assert "profiles/default" in artifact.output
+    assert f"Training cifar10: {VARIANTS[0]}, seed 0" in artifact.output
+    assert "(100%) done" in artifact.output
+
+
+def test_a_second_run_has_nothing_to_do(artifact: Artifact) -> None:
+    again = artifact.snakemake("--cores", "all")
+    assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr
+
+
+DOWNSTREAM = {"Generating the paper's numbers, tables and statements", "Typesetting paper/build/smoke/mango.pdf"}
+IMAGES, BOUNDS = "Running notebooks/01_cifar10.ipynb", "Running notebooks/02_theory.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("mango/codecs/nf4.py", {"Training cifar10: mango, seed 0", "Checking theorem T1", IMAGES, BOUNDS, *DOWNSTREAM}),
+        ("mango/codecs/cast.py", {"Training cifar10: mango, seed 0", "Checking theorem T1", IMAGES, BOUNDS, *DOWNSTREAM}),
+        ("mango/compressors/lowrank.py", {"Checking theorem T2", BOUNDS, *DOWNSTREAM}),
+        ("mango/policy/scalarize.py", set()),
+        ("notebooks/02_theory.ipynb", {BOUNDS, *DOWNSTREAM}),
+        ("paper/sections/abstract.tex", {"Typesetting paper/build/smoke/mango.pdf"}),
+        ("mango/telemetry/memory.py", {*(f"Training cifar10: {name}, seed 0" for name in VARIANTS), IMAGES, *DOWNSTREAM}),
+    ],
+)
+def test_touching_a_source_reruns_exactly_what_depends_on_it(artifact: Artifact, path: str, expected: set[str]) -> None:
+    source = artifact.folder / path
+    before, status = source.read_bytes(), source.stat()
+    try:
+        source.write_bytes(before + b"\n")
+        assert artifact.pending() == expected
+    finally:
+        source.write_bytes(before)
+        os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert artifact.pending() == set()
+
+
+def test_report_holds_the_figures(artifact: Artifact) -> None:
+    assert artifact.snakemake("--report", "results/smoke/report.html").returncode == 0
+    report = (artifact.folder / "results/smoke/report.html").read_text()
+    for word in ("Figures", "Theorems", "Run records", "Paper", "pareto"):
+        assert word in report
+
+
+def test_tuning_records_every_value_and_the_chosen_one(artifact: Artifact) -> None:
+    done = artifact.snakemake("tuning")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((artifact.folder / "results/smoke/tuning/all.json").read_text())
+    losses = {point["options"]["lr"]: point["loss"] for point in found["points"]}
+    assert set(losses) == {0.003, 0.01}
+    assert found["chosen"] == {"lr": min(losses, key=lambda rate: losses[rate])}
+    run = json.loads(next(artifact.folder.glob("results/smoke/tuning/cifar10/galore/*/run.json")).read_text())
+    assert run["config"]["data"]["evaluate"] == "validation", "never on the test set"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("steps: 8", "stepz: 8"), "experiments.cifar10.train.stepz"),
+        (("optimizer: galore", "optimizer: galoer"), "optimizer = 'galoer' is not legal: one of"),
+        (("source: embedded", "source: nowhere"), "experiments.cifar10.data.source"),
+        (("- T2", "- T99"), "theory.theorems = 'T99' is not legal"),
+    ],
+)
+def test_bad_settings_are_one_line_before_any_job(artifact: Artifact, change: tuple[str, str], message: str) -> None:
+    bad = artifact.folder / "bad.yaml"
+    bad.write_text((artifact.folder / SETTINGS).read_text().replace(*change))
+    done = artifact.snakemake(settings="bad.yaml")
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 2 and len(lines) == 1 and message in lines[0]
+    assert "Traceback" not in done.stderr and "Job" not in done.stdout
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, "workflow/config/laptop.yaml"])
+def test_lint_is_clean(artifact: Artifact, settings: str) -> None:
+    done = artifact.snakemake("--lint", settings=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_workflow_is_formatted() -> None:
+    command = [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "workflow/rules"]
+    done = subprocess.run(command, cwd=checkout.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

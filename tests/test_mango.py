@@ -1,0 +1,454 @@
+"""Mango against float64 references, its invariants, its state, its refusals."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mango import LayerPlan, Mango, codecs
+from mango.errors import ConfigError, NonFinite
+from mango.feedback.buffer import ErrorBuffer
+from mango.optim.adamw import adamw
+from mango.stacked import Stacked
+from mango.subspace import counter_generator, gaussian, scout_alpha
+
+EXACT = LayerPlan(basis_codec="fp32", moment_codec="fp32", error="gradient")
+
+
+def matrix(rows: int = 64, cols: int = 96, seed: int = 0, *rest: int) -> nn.Parameter:
+    return nn.Parameter(gaussian((rows, cols, *rest), (seed,)) * 0.1)
+
+
+def push(optimizer: Mango, pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for param, grad in pairs:
+        param.grad = grad.clone()
+    optimizer.step()
+
+
+class Reference:
+    """The update rule of one layer in float64, written out once more with QR instead of CholeskyQR and no codec."""
+
+    def __init__(self, w: Tensor, plan: LayerPlan, lr: float, betas: tuple[float, float], eps: float, decay: float) -> None:
+        self.w, self.plan, self.lr, self.betas, self.eps, self.decay = w.double(), plan, lr, betas, eps, decay
+        self.error = torch.zeros_like(self.w)
+        self.basis: Tensor | None = None
+        self.t = 0
+
+    def step(self, grad: Tensor, seed: tuple[int, ...]) -> None:
+        self.t += 1
+        flip = self.w.shape[0] > self.w.shape[1]
+        h = grad.double() + self.error
+        h = h.T if flip else h
+        m, n = h.shape
+        rank = self.plan.columns(m, n)
+        count = rank if self.t == 1 else (min(self.plan.scouts, rank) if rank < m else 0)
+        fresh = torch.randn(1, m, count, generator=counter_generator(seed))[0].double() if count else torch.zeros(m, 0).double()
+        old = torch.zeros(m, rank).double() if self.basis is None else self.basis
+        kept = old[:, : rank - count]
+        start = torch.linalg.qr(torch.cat([kept, fresh], 1))[0]
+        for k in range(rank - count, rank):  # the scouts as they are projected, not as QR makes them of one another
+            column = fresh[:, k - rank + count] - kept @ (kept.T @ fresh[:, k - rank + count])
+            start[:, k] = column / column.norm()
+        start[:, : rank - count] = kept
+        z = h.T @ start
+        z = z / z.norm(dim=0)
+        q, r = torch.linalg.qr(h @ z)
+        q, diagonal = q * r.diagonal().sign(), r.diagonal().abs()
+        p = q[:, diagonal.argsort(descending=True)]
+        u = p.T @ h
+        turn = p.T @ old
+        if self.basis is None:
+            self.m = self.v = torch.zeros_like(u)
+        beta1, beta2 = self.betas
+        new = (1 - turn.square().sum(1, keepdim=True)).clamp(0, 1)
+        self.m = turn @ self.m + new * (1 - beta1 ** (self.t - 1)) * u
+        self.v = turn.square() @ self.v + new * (1 - beta2 ** (self.t - 1)) * u.square()
+        self.m = beta1 * self.m + (1 - beta1) * u
+        self.v = beta2 * self.v + (1 - beta2) * u.square()
+        adam = self.m / (1 - beta1**self.t) / ((self.v / (1 - beta2**self.t)).sqrt() + self.eps)
+        left = h - p @ u
+        direction = p @ adam
+        if self.plan.residual and rank < m:
+            floor = (rank / (m - rank)) ** 0.5 * left.norm(dim=0)
+            direction = direction + left * (adam.norm(dim=0) / torch.maximum(u.norm(dim=0), floor))
+        if self.plan.error != "none":
+            self.error = left.T if flip else left
+        self.w = (1 - self.lr * self.decay) * self.w - self.lr * (direction.T if flip else direction)
+        self.basis = p
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (72, 72), (64, 8, 3, 3)])
+@pytest.mark.parametrize("error, residual, scouts", [("gradient", True, 1), ("none", True, 2), ("gradient", False, 0)])
+def test_matches_the_update_rule_in_float64(shape: tuple[int, ...], error: str, residual: bool, scouts: int) -> None:
+    plan = replace(EXACT, rank=8, scouts=scouts, error=error, residual=residual)
+    param = nn.Parameter(gaussian((*shape, 1), (0,))[..., 0])
+    reference = Reference(param.detach().flatten(1), plan, 0.01, (0.9, 0.99), 1e-8, 0.1)
+    optimizer = Mango([("w", param)], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, plan=plan, seed=5)
+    steady = gaussian((*shape, 1), (1,))[..., 0].flatten(1)
+    u, _, v = torch.linalg.svd(steady, full_matrices=False)
+    steady = u @ torch.diag(1.3 ** -torch.arange(float(u.shape[1]))) @ v * 30  # separated directions: float32 finds the same basis
+    for step in range(1, 7):
+        grad = steady + 0.05 * gaussian((*shape, 1), (2, step))[..., 0].flatten(1)
+        push(optimizer, [(param, grad.view(shape))])
+        reference.step(grad, (5, step, 0))
+        assert torch.allclose(param.detach().flatten(1).double(), reference.w, atol=2e-4), step
+
+
+def test_full_rank_is_adam_in_a_rotated_basis() -> None:
+    # with the basis complete, H is captured whole: no residual, no error, and the first step is the sign of PᵀG
+    param = matrix(64, 80)
+    start = param.detach().clone()
+    optimizer = Mango([("w", param)], lr=0.5, plan=replace(EXACT, rank=64))
+    optimizer.observe()
+    grad = gaussian((64, 80), (1,))
+    push(optimizer, [(param, grad)])
+    step = (start - param.detach()) / 0.5
+    basis = optimizer.state[param]["basis.values"].view(64, 64)
+    assert torch.allclose(basis.T @ step, (basis.T @ grad).sign(), atol=2e-3)
+    assert torch.allclose(step.norm(), torch.tensor(64 * 80.0).sqrt(), rtol=1e-4)  # rotation keeps Adam's length
+    found = optimizer.diagnostics()["w"]
+    assert found["certified"] == 1.0 and abs(found["energy"] - 1) < 1e-5 and found["error_ratio"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["gradient", "codec"])
+def test_the_telescoped_sum_of_what_was_used(kind: str) -> None:
+    # sum C(H) = sum G - E_T in exact arithmetic; a codec loses what it rounds away at each step, and no more
+    plan = replace(EXACT, rank=6, error=kind, error_codec="int8")
+    param = matrix(64, 128)
+    optimizer = Mango([("w", param)], plan=plan)
+    optimizer.observe()
+    total, used, lost = torch.zeros(64, 128), torch.zeros(64, 128), 0.0
+    error = torch.zeros(64, 128)
+    for step in range(10):
+        grad = gaussian((64, 128), (3, step))
+        push(optimizer, [(param, grad)])
+        h = grad + error
+        basis = optimizer.state[param]["basis.values"].view(64, 6)
+        sent = basis @ (basis.T @ h)
+        total, used = total + grad, used + sent
+        stack = optimizer._stacks[param]
+        assert stack.error.store is not None
+        error = stack.error.store.read()[0]
+        lost += float((h - sent - error).norm())
+        assert optimizer.diagnostics()["w"]["error_ratio"] == pytest.approx(float((h - sent).norm() / grad.norm()), rel=1e-3)
+    assert float((total - used - error).norm()) <= lost + 1e-2
+    assert (lost < 1e-3) == (kind == "gradient")
+
+
+def test_the_error_survives_every_way_of_clearing_gradients() -> None:
+    results = []
+    for clear in ("none", "zero", "optimizer"):
+        param = matrix()
+        module = nn.Module()
+        module.w = param
+        optimizer = Mango(module.named_parameters(), plan=replace(EXACT, rank=4))
+        for step in range(4):
+            push(optimizer, [(param, gaussian((64, 96), (step,)))])
+            if clear == "optimizer":
+                optimizer.zero_grad()
+            else:
+                module.zero_grad(set_to_none=clear == "none")
+        results.append(param.detach().clone())
+        assert optimizer.state[param]["error.values"].abs().sum() > 0
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("error, scouts, reached", [("none", 0, False), ("gradient", 0, False), ("gradient", 1, True), ("codec", 1, True)])
+def test_kept_error_and_scouts_together_reach_what_truncation_never_steps(error: str, scouts: int, reached: bool) -> None:
+    # a steady gradient of which a rank-4 basis holds the four large directions; the other 60 are a tenth as large. Nothing of them is
+    # stepped without kept error, nor without scouts: the warm step cannot see them however large the error grows (T2)
+    grad = torch.diag(torch.tensor([10.0] * 4 + [1.0] * 60))
+    param = nn.Parameter(torch.zeros(64, 64))
+    optimizer = Mango([param], lr=0.01, plan=replace(EXACT, rank=4, scouts=scouts, residual=False, error=error))
+    for step in range(90):
+        push(optimizer, [(param, grad)])
+        if step == 9:  # by now the basis has converged
+            param.data.zero_()
+    moved = float((param.detach().diagonal()[4:] < -0.005).float().mean())
+    assert moved > 0.8 if reached else moved < 0.4
+
+
+@pytest.mark.parametrize("factor, expected", [(None, 1.0), ("int8", codecs.get("int8").alpha())])
+def test_diagnostics(factor: str | None, expected: float) -> None:
+    one, two, small = matrix(), matrix(seed=1), nn.Parameter(torch.zeros(10))
+    optimizer = Mango([("one", one), ("two", two), ("small", small)], plan=LayerPlan(rank=8, scouts=2, factor_codec=factor))
+    push(optimizer, [(one, gaussian((64, 96), (2,))), (two, gaussian((64, 96), (3,))), (small, torch.ones(10))])
+    assert optimizer.diagnostics() == {}
+    optimizer.observe(True)
+    for step in range(30):
+        push(optimizer, [(one, gaussian((64, 96), (2, step))), (two, gaussian((64, 96), (3, step)))])
+        found = optimizer.diagnostics()
+        assert set(found) == {"one", "two"}
+        for values in found.values():
+            assert set(values) == {"certified", "measured", "energy", "drift", "error_ratio"}
+            assert values["certified"] == pytest.approx(scout_alpha(64, 8, 2) * expected)
+            assert values["certified"] <= values["measured"] <= values["energy"] + 1e-5 <= 1 + 2e-5
+            assert 0 <= values["drift"] <= 1
+    optimizer.observe(False)
+    push(optimizer, [(one, torch.ones(64, 96))])
+    assert optimizer.diagnostics() == {}
+
+
+def test_plans_without_scouts_certify_nothing() -> None:
+    param = matrix()
+    optimizer = Mango([("w", param)], plan=LayerPlan(rank=8, scouts=0))
+    optimizer.observe()
+    push(optimizer, [(param, torch.ones(64, 96))])
+    assert optimizer.diagnostics()["w"]["certified"] == 0.0
+
+
+def test_batched_layers_step_as_they_would_alone() -> None:
+    together = [matrix(seed=seed) for seed in range(3)]
+    grads = [[gaussian((64, 96), (seed, step)) for seed in range(3)] for step in range(3)]
+    plan = replace(LayerPlan(), rank=8, scouts=0)  # scouts and the first basis depend on a layer's place in its stack
+    optimizer = Mango(together, plan=plan)
+    for step in range(3):
+        push(optimizer, list(zip(together, grads[step], strict=True)))
+    assert len({id(stack) for stack in optimizer._stacks.values()}) == 1
+    alone = matrix(seed=0)
+    single = Mango([alone], plan=plan)
+    draws = torch.randn(3, 64, 8, generator=counter_generator((0, 1, 0)))[:1]
+    assert torch.equal(draws, torch.randn(1, 64, 8, generator=counter_generator((0, 1, 0))))  # so the first layer has the same start
+    for step in range(3):
+        push(single, [(alone, grads[step][0])])
+    assert torch.allclose(alone, together[0], atol=1e-5)
+
+
+def test_large_layers_are_not_stacked_beyond_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mango.optim.mango.STACK_VALUES", 2 * 64 * 96)
+    params = [matrix(seed=seed) for seed in range(5)]
+    optimizer = Mango(params)
+    push(optimizer, [(param, torch.ones(64, 96)) for param in params])
+    assert sorted(stack.layers for stack in set(optimizer._stacks.values())) == [1, 2, 2]
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (65, 67), (96, 5, 3, 3), (3, 40, 40)])
+@pytest.mark.parametrize("error", ["none", "gradient", "codec"])
+def test_bytes_equal_the_codecs_own_count(shape: tuple[int, ...], error: str) -> None:
+    param = nn.Parameter(gaussian((*shape, 1), (0,))[..., 0])
+    plan = LayerPlan(error=error)
+    optimizer = Mango([param], plan=plan)
+    assert optimizer.nbytes() == 0
+    push(optimizer, [(param, torch.ones_like(param))])
+    rows, cols = shape[0], param[0].numel()
+    small, large, rank = min(rows, cols), max(rows, cols), plan.columns(rows, cols)
+    pad = lambda values, block: -(-values // block) * block  # noqa: E731
+    moment, held = codecs.get(plan.moment_codec), codecs.get(plan.error_codec)
+    expected = codecs.get(plan.basis_codec).nbytes((small * rank,)) + 2 * moment.nbytes((pad(rank * large, moment.block),))
+    expected += {"none": 0, "gradient": 4 * rows * cols, "codec": held.nbytes((pad(rows * cols, held.block),))}[error]
+    assert optimizer.nbytes() == expected
+
+
+def test_state_is_plain_and_resumes_across_changed_membership() -> None:
+    params = [matrix(seed=seed) for seed in range(3)]
+    optimizer = Mango([(f"w{i}", param) for i, param in enumerate(params)], lr=0.01)
+    grad = gaussian((64, 96), (9,))
+    push(optimizer, [(param, grad) for param in params])
+    params[1].grad = None  # the stack is regrouped, and the absent layer keeps its state
+    kept = {key: value.clone() for key, value in optimizer.state[params[1]].items() if isinstance(value, Tensor)}
+    for param in (params[0], params[2]):
+        param.grad = grad.clone()
+    optimizer.step()
+    assert all(torch.equal(value, optimizer.state[params[1]][key]) for key, value in kept.items())
+    file = io.BytesIO()
+    torch.save((optimizer.state_dict(), [param.detach() for param in params]), file)
+    file.seek(0)
+    state, values = torch.load(file, weights_only=True)
+    assert all(isinstance(v, int | Tensor) for entry in state["state"].values() for v in entry.values())
+    others = [nn.Parameter(value) for value in values]
+    restored = Mango([(f"w{i}", param) for i, param in enumerate(others)], lr=0.5)
+    restored.load_state_dict(state)
+    for _ in range(3):
+        push(optimizer, [(param, grad) for param in params])
+        push(restored, [(param, grad) for param in others])
+    assert all(torch.equal(one, two) for one, two in zip(params, others, strict=True))
+    assert optimizer.nbytes() == restored.nbytes()
+
+
+def test_loading_leaves_the_given_state_alone() -> None:
+    param = matrix()
+    optimizer = Mango([param])
+    push(optimizer, [(param, torch.ones(64, 96))])
+    state = optimizer.state_dict()
+    saved = {key: value.clone() for key, value in state["state"][0].items() if isinstance(value, Tensor)}
+    other = matrix()
+    restored = Mango([other])
+    restored.load_state_dict(state)
+    push(restored, [(other, gaussian((64, 96), (1,)))])
+    assert all(torch.equal(value, state["state"][0][key]) for key, value in saved.items())
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        (LayerPlan(rank=4), r"state of w, \S+ = '\(.*' is not legal: \(.* under its plan"),
+        (LayerPlan(rank=8, moment_codec="bf16"), r"state of w, exp_avg"),
+        (LayerPlan(rank=8, error="none"), r"state of w, error\.\w+ = .* is not legal: absent under its plan"),
+        (None, r"state of w, exp_avg = .* is not legal: a tensor of shape \(64, 96\)"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(plan: LayerPlan | None, message: str) -> None:
+    param = matrix()
+    optimizer = Mango([("w", param)], plan=LayerPlan(rank=8))
+    push(optimizer, [(param, torch.ones(64, 96))])
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["plan"] = plan.plain() if plan else None
+    with pytest.raises(ConfigError, match=message):
+        Mango([("w", matrix())]).load_state_dict(state)
+
+
+def test_bf16_parameters_move_with_float32_state() -> None:
+    param, exact = nn.Parameter(torch.zeros(64, 96, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(64, 96))
+    one, two = Mango([param], lr=0.1), Mango([exact], lr=0.1)
+    for step in range(3):
+        grad = gaussian((64, 96), (step,)).bfloat16()
+        push(one, [(param, grad)])
+        push(two, [(exact, grad.float())])
+    assert param.dtype == torch.bfloat16
+    assert float((param.detach().float() - exact.detach()).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_gradients_are_refused_before_anything_changes(bad: float) -> None:
+    fine, broken, small = matrix(), matrix(seed=1), nn.Parameter(torch.zeros(7))
+    optimizer = Mango([("fine", fine), ("layers.3.weight", broken), ("bias", small)])
+    grad = gaussian((64, 96), (0,))
+    push(optimizer, [(fine, grad), (broken, grad), (small, torch.ones(7))])
+    before = [param.detach().clone() for param in (fine, broken, small)]
+    state = {key: value.clone() for key, value in optimizer.state[fine].items() if isinstance(value, Tensor)}
+    spoilt = grad.clone()
+    spoilt[3, 5] = bad
+    with pytest.raises(NonFinite, match="the gradient of layers.3.weight, bias holds NaN or infinity"):
+        push(optimizer, [(fine, grad), (broken, spoilt), (small, torch.full((7,), bad))])
+    assert all(torch.equal(one, two) for one, two in zip(before, (fine, broken, small), strict=True))
+    assert all(torch.equal(value, optimizer.state[fine][key]) for key, value in state.items())
+    push(optimizer, [(fine, grad), (broken, grad), (small, torch.ones(7))])  # and training may go on
+
+
+def test_large_but_finite_gradients_are_not_mistaken_for_infinite_ones() -> None:
+    param = matrix()
+    optimizer = Mango([param])
+    push(optimizer, [(param, torch.full((64, 96), 1e18))])
+    assert bool(param.isfinite().all())
+
+
+def test_sparse_complex_and_integer_are_refused_by_name() -> None:
+    param = matrix()
+    optimizer = Mango([("table", param)])
+    param.grad = torch.ones(64, 96).to_sparse()
+    with pytest.raises(ConfigError, match=r"table.grad = 'sparse' is not legal: a dense real gradient"):
+        optimizer.step()
+    with pytest.raises(ConfigError, match=r"w.dtype = torch.complex64 is not legal: a real floating point type"):
+        Mango([("w", nn.Parameter(torch.zeros(64, 96, dtype=torch.complex64)))])
+    with pytest.raises(ConfigError, match=r"param_groups\[0\]\['params'\]\[0\]\.dtype = torch.complex64"):
+        Mango([nn.Parameter(torch.zeros(64, 96, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": -1.0}, r"lr = -1.0 is not legal: a finite number >= 0"),
+        ({"lr": float("nan")}, r"lr = nan is not legal"),
+        ({"betas": (0.9, 1.0)}, r"betas = \(0.9, 1.0\) is not legal: two numbers in \[0, 1\)"),
+        ({"eps": -1e-8}, r"eps = -1e-08 is not legal: a finite number >= 0"),
+        ({"weight_decay": -0.1}, r"weight_decay = -0.1 is not legal"),
+        ({"seed": -1}, r"seed = -1 is not legal: an integer >= 0"),
+        ({"plan": {"rank": 65}}, r"plan.rank = 65 is not legal: at most 64, the smaller dimension of w folded to 64 x 96"),
+        ({"plan": 3}, r"plan = 3 is not legal: a LayerPlan, a mapping of its fields, or None"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Mango([("w", matrix())], **options)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rank": 0}, r"plan.rank = 0 is not legal: an integer >= 1 or a fraction in \(0, 1\]"),
+        ({"rank": 1.5}, r"plan.rank = 1.5 is not legal"),
+        ({"rank": True}, r"plan.rank = True is not legal"),
+        ({"rank": "8"}, r"plan.rank = '8' is not legal"),
+        ({"scouts": -1}, r"plan.scouts = -1 is not legal: an integer >= 0"),
+        ({"moment_codec": "int7"}, r"plan.moment_codec = 'int7' is not legal: one of bf16, fp32"),
+        ({"error": "grad"}, r"plan.error = 'grad' is not legal: one of none, gradient, codec"),
+        ({"residual": 1}, r"plan.residual = 1 is not legal: true or false"),
+    ],
+)
+def test_bad_plans(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LayerPlan(**fields)
+
+
+def test_rank_rule() -> None:
+    assert LayerPlan(rank=0.125).columns(96, 64) == 8
+    assert LayerPlan(rank=0.125).columns(7, 1000) == 1
+    assert LayerPlan(rank=1.0).columns(7, 1000) == 7
+    assert LayerPlan(rank=1).columns(7, 1000) == 1
+
+
+def test_a_group_that_is_refused_is_not_added() -> None:
+    optimizer = Mango([("w", matrix())])
+    with pytest.raises(ConfigError, match="plan.rank = 65"):
+        optimizer.add_param_group({"params": [("v", matrix(seed=1))], "plan": {"rank": 65}})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [("v", matrix(seed=1))], "plan": {"rank": 4}, "lr": 0.5})
+    assert optimizer.param_groups[1]["plan"] == LayerPlan(rank=4).plain()
+
+
+def test_small_tensors_and_groups_without_a_plan_are_adamw() -> None:
+    ours = [matrix(), nn.Parameter(gaussian((30, 20), (1,))), nn.Parameter(torch.ones(()))]
+    theirs = [nn.Parameter(param.detach().clone()) for param in ours]
+    one = Mango(ours, lr=0.01, weight_decay=0.1, plan=None)
+    two = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1)
+    for step in range(5):
+        for i, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+            left.grad = right.grad = gaussian((*left.shape, 1), (i, step))[..., 0]
+        one.step()
+        two.step()
+    assert all(torch.allclose(left, right, rtol=1e-5, atol=1e-7) for left, right in zip(ours, theirs, strict=True))
+
+
+def test_adamw_first_step_in_closed_form() -> None:
+    param, grad = torch.tensor([1.0, -2.0]), torch.tensor([0.5, -3.0])
+    first, second = torch.zeros(2), torch.zeros(2)
+    adamw([param], [grad], [first], [second], [1], lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.5, maximize=False)
+    assert torch.allclose(param, torch.tensor([1.0, -2.0]) * (1 - 0.05) - 0.1 * grad.sign())
+    assert torch.allclose(first, 0.1 * grad) and torch.allclose(second, 0.01 * grad.square())
+
+
+@pytest.mark.parametrize("codec, shape", itertools.product(["fp32", "bf16", "int8", "nf4", "int4"], [(5, 7), (64,), (3, 3, 11)]))
+def test_stacked_layers_do_not_share_blocks(codec: str, shape: tuple[int, ...]) -> None:
+    stack = Stacked(codec, 3, shape, torch.device("cpu"))
+    assert float(stack.read().abs().max()) == 0.0
+    x = gaussian((3, *shape), (0,)) * torch.tensor([1.0, 1e-3, 1e3]).view(3, *[1] * len(shape))
+    stack.write(x, generator=counter_generator((1,)))
+    values, out = stack.read(), torch.empty(3, *shape)
+    assert values.shape == x.shape and torch.equal(stack.read(out), values)
+    assert float((values - x).flatten(1).norm(dim=1).div(x.flatten(1).norm(dim=1)).max()) < 0.25  # each by its own scale
+    views = [part[1].clone() for part in stack.parts().values()]
+    stack.write(torch.cat([x[:1] * 7, x[1:2], x[2:] * 7]), generator=counter_generator((1,)))
+    if not stack.codec.stochastic:
+        assert all(torch.equal(view, part[1]) for view, part in zip(views, stack.parts().values(), strict=True))
+    assert stack.nbytes == sum(part.nbytes for part in stack.parts().values())
+
+
+def test_error_buffer_kinds() -> None:
+    grads = [gaussian((4, 16), (i,)) for i in range(2)]
+    device = torch.device("cpu")
+    for kind in ("none", "gradient"):
+        buffer = ErrorBuffer(kind, "nf4", 2, (4, 16), device)
+        out = torch.empty(2, 4, 16)
+        assert torch.equal(buffer.compensate(grads, out), torch.stack(grads))
+        buffer.keep(out)
+        expected = torch.stack(grads) * (-1 if kind == "none" else 0)
+        assert torch.allclose(buffer.compensate(grads, out, -1.0), expected, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"error = 'sometimes' is not legal: one of none, gradient, codec"):
+        ErrorBuffer("sometimes", "nf4", 1, (4, 4), device)

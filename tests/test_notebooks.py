@@ -1,0 +1,201 @@
+"""The notebooks: stripped, one parameters cell that the workflow's arguments fit, and running on real records from either folder."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from mango.training import config
+from mango.training.loop import train
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TIER = "smoke"
+SETTINGS = {
+    "tier": TIER,
+    "experiments": {
+        "cifar10": {
+            "seeds": [0, 1],
+            "minutes": 1,
+            "data": {"name": "cifar10", "source": "embedded", "train": 100, "test": 50},
+            "model": {"name": "resnet", "width": 16, "blocks": [1, 1], "stem": "patch2"},
+            "train": {"steps": 4, "batch": 20, "eval_every": 2, "log_every": 1},
+            "controls": {"dense": "adamw", "frozen": "frozen"},
+            "variants": {
+                "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
+                "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                "adafactor": {"label": "Adafactor", "optimizer": "adafactor", "options": {"lr": 1e-2}},
+                "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}},
+                "mango-no-scouts": {"label": "Mango, no scouts", "optimizer": "mango", "options": {"lr": 3e-3, "plan": {"scouts": 0}}},
+            },
+        }
+    },
+}
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+
+@functools.cache
+def tiny_results() -> Path:
+    """A results folder made by real, tiny runs: five variants on digits, two seeds of the controls, and one theorem."""
+    from theory.__main__ import main
+
+    results = Path(tempfile.mkdtemp(prefix="mango-tiny-")) / "results"
+    atexit.register(shutil.rmtree, results.parent, ignore_errors=True)
+    tier = config.validated(config.TierConfig, SETTINGS, "test settings")
+    for variant in tier.experiments["cifar10"].variants:
+        for seed in (0, 1) if variant in ("adamw", "frozen") else (0,):
+            train(config.resolve(tier, "cifar10", variant, seed), results / TIER / "cifar10" / variant / str(seed))
+    assert main(["--only", "T3", "--out", str(results / TIER / "theory")]) == 0
+    return results
+
+
+@functools.cache
+def executed(name: str) -> Path:
+    """The folder that a notebook leaves on the tiny results; the first one runs in the repository's root, the others in notebooks/."""
+    results = tiny_results()
+    cwd = ROOT if name == NOTEBOOKS[0].stem else ROOT / "notebooks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # the kernel sees this checkout
+        papermill.execute_notebook(
+            ROOT / "notebooks" / f"{name}.ipynb",
+            results.parent / f"{name}.ipynb",
+            parameters={"tier": TIER, "results": str(results)},
+            kernel_name="python3",
+            cwd=cwd,
+            progress_bar=False,
+        )
+    return results / TIER / "figures" / name
+
+
+def parameters(path: Path) -> list[str]:
+    cells = [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(cells) == 1, f"{path.name}: exactly one cell is tagged parameters"
+    return cells[0].source.splitlines()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_stripped(path: Path) -> None:
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_one_parameter_per_line(path: Path) -> None:
+    """papermill reads no others, and only warns of those it does not know."""
+    for line in parameters(path):
+        code = line.partition("#")[0]
+        assert re.fullmatch(r"\w+ = \S.*", code.strip()), line
+        assert ";" not in code, line
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_workflow_passes_parameters_that_exist(path: Path) -> None:
+    passed = set(re.findall(r" -p (\w+) ", (ROOT / "workflow" / "rules" / "notebooks.smk").read_text()))
+    assert passed, "the workflow passes parameters"
+    assert passed <= {line.split(" = ")[0] for line in parameters(path)}
+
+
+def test_workflow_expects_the_figures_that_notebooks_save() -> None:
+    """Every figure that the rules declare is saved by the notebook of that name."""
+    declared = re.findall(r'"(\d\d_\w+)": \[([^\]]*)\]', (ROOT / "workflow" / "rules" / "notebooks.smk").read_text())
+    assert {name for name, _ in declared} == {path.stem for path in NOTEBOOKS}
+    for name, figures in declared:
+        source = "\n".join(cell.source for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells)
+        saved = set(re.findall(r'common\.save\(.*, out, "(\w+)"\)', source))
+        assert set(re.findall(r'"(\w+)"', figures)) <= saved
+
+
+def test_image_classification_notebook_runs_on_real_records() -> None:
+    out = executed("01_cifar10")
+    for figure in ("curves", "pareto", "recovered", "contraction"):
+        assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+        assert (out / f"{figure}.png").stat().st_size > 5000
+    numbers = json.loads((out / "numbers.json").read_text())
+    record = json.loads((tiny_results() / TIER / "cifar10" / "mango" / "0" / "run.json").read_text())
+    assert numbers["cifar10.data"]["value"] == record["data"]["title"] == "digits (embedded stand-in)"
+    assert numbers["cifar10.headline"]["value"] == "mango"
+    assert numbers["cifar10.mango-no-scouts.ablates"]["value"] == "without scouts"
+    assert numbers["cifar10.dense"]["value"] == "adamw" and numbers["cifar10.frozen"]["value"] == "frozen"
+    expected = record["memory"]["optimizer_state"] / record["parameters"]["total"]
+    assert numbers["cifar10.mango.state"]["value"] == pytest.approx(expected, rel=1e-12)
+    assert numbers["cifar10.contraction.count"]["value"] > 0
+    assert all(entry["tier"] == TIER and entry["source"] == "notebooks/01_cifar10.ipynb" for entry in numbers.values())
+
+
+def test_theory_notebook_runs_on_the_theorems_that_there_are() -> None:
+    out = executed("02_theory")
+    assert (out / "scouts.pdf").is_file() and not (out / "ef21.pdf").exists()
+    numbers = json.loads((out / "numbers.json").read_text())
+    record = json.loads((tiny_results() / TIER / "theory" / "T3.json").read_text())
+    assert numbers["theory.T3.bound"]["value"] == record["bound"]
+    assert numbers["wrong.nf4.worst"]["value"] == pytest.approx(1 - 0.8845101952, abs=1e-9)
+    assert 0.008 < numbers["wrong.nf4.gaussian"]["value"] < 0.009
+    assert numbers["wrong.flat.error"]["value"] == pytest.approx(1 - 32 / 1024, abs=1e-5)
+
+
+def test_archived_runs_of_a_higher_tier_come_first(tmp_path: Path) -> None:
+    import common
+
+    results = tmp_path / "results"
+    shutil.copytree(tiny_results() / TIER / "cifar10" / "adamw", results / TIER / "cifar10" / "adamw")
+    for archive, tier in (("cpu-2-2026-01", "long"), ("cpu-2-2026-03", "long"), ("rtx5090-2025-12", "gpu")):
+        target = results / "archive" / archive / "cifar10" / "adamw" / "0"
+        shutil.copytree(results / TIER / "cifar10" / "adamw" / "0", target)
+        record = json.loads((target / "run.json").read_text())
+        (target / "run.json").write_text(json.dumps(record | {"tier": tier}))
+    labels = [runs.label for runs in common.run_sets(results, TIER, "cifar10")]
+    assert labels == ["archived gpu (rtx5090-2025-12)", "archived long (cpu-2-2026-03)", "archived long (cpu-2-2026-01)", "live smoke"]
+    with pytest.raises(FileNotFoundError, match="no run record of 'nanochat'"):
+        common.run_sets(results, TIER, "nanochat")
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    import common
+
+    from mango.errors import ConfigError
+
+    shutil.copytree(tiny_results() / TIER / "cifar10" / "adamw", tmp_path / TIER / "cifar10" / "adamw")
+    path = tmp_path / TIER / "cifar10" / "adamw" / "0" / "run.json"
+    path.write_text(path.read_text().replace('"steps": 4', '"steps": "four"', 1))
+    with pytest.raises(ConfigError, match=r"run\.json"):
+        common.run_sets(tmp_path, TIER, "cifar10")
+
+
+def test_equal_data_give_equal_bytes(tmp_path: Path) -> None:
+    import common
+    import matplotlib.pyplot as plt
+
+    for name in ("a", "b"):
+        common.style()
+        figure, axis = plt.subplots()
+        axis.plot([0, 1], [0, 1], **common.looks(["x"])["x"])
+        axis.set_xlabel(r"$\alpha$ against 1")
+        common.save(figure, tmp_path, name)
+        plt.close(figure)
+    for suffix in ("pdf", "png"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+def test_numbers_refuse_what_cannot_be_printed() -> None:
+    import common
+
+    numbers = common.Numbers("smoke", "here")
+    numbers.add("a", 1.0, ".1f")
+    with pytest.raises(KeyError, match="twice"):
+        numbers.add("a", 2.0, ".1f")
+    with pytest.raises(ValueError, match="not finite"):
+        numbers.add("b", float("nan"), ".1f")

@@ -1,0 +1,351 @@
+"""Every registered optimizer meets every contract; the split rule; the byte counts; the chain."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mango import optim
+from mango.bench import optimizers as bench
+from mango.errors import ConfigError
+from mango.optim import Chain, Mango, build, split, state_nbytes
+from mango.subspace import gaussian
+
+NAMES = sorted(optim.REGISTRY)
+RATES = {"adamw": 0.02, "sgd": 0.01, "adafactor": 0.1, "muon": 0.05, "adamw8bit": 0.02, "galore": 0.1, "mango": 0.02}
+OPTIONS: dict[str, dict[str, Any]] = {"galore": {"update_proj_gap": 10, "scale": 1.0}}
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[tuple[str, nn.Parameter]]:
+    """Two matrices of one shape, a wide and a tall one, a convolution, an expert stack, small ones, a vector, a scalar."""
+    shapes = {
+        "a": (64, 80),
+        "b": (64, 80),
+        "tall": (160, 48),
+        "conv": (48, 12, 3, 3),
+        "experts": (3, 40, 40),
+        "small": (10, 12),
+        "bias": (30,),
+        "scale": (),
+    }
+    return [(name, nn.Parameter((gaussian((*shape, 1), (7, i))[..., 0] * 0.1).to(dtype))) for i, (name, shape) in enumerate(shapes.items())]
+
+
+def targets(named: list[tuple[str, nn.Parameter]]) -> list[Tensor]:
+    return [gaussian((*param.shape, 1), (8, i))[..., 0] for i, (_, param) in enumerate(named)]
+
+
+def loss_of(named: list[tuple[str, nn.Parameter]], sign: float = 1.0) -> Tensor:
+    pairs = zip(named, targets(named), strict=True)
+    return sign * 0.5 * torch.stack([(param.float() - target).square().sum() for (_, param), target in pairs]).sum()
+
+
+def make(name: str, named: list[tuple[str, nn.Parameter]], **options: Any) -> torch.optim.Optimizer:
+    return build(name, named, **{"lr": RATES[name], "rest_lr": RATES[name], **OPTIONS.get(name, {}), **options})
+
+
+def train(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]], steps: int, sign: float = 1.0) -> float:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(named, sign)
+        loss.backward()
+        optimizer.step()
+    return float(loss_of(named).detach())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decreases_a_convex_quadratic(name: str) -> None:
+    named = parameters()
+    before = float(loss_of(named).detach())
+    starts = [param.detach().clone() for _, param in named]
+    assert train(make(name, named), named, 40) < 0.8 * before
+    for (label, param), start, target in zip(named, starts, targets(named), strict=True):
+        assert float((param.detach() - target).norm()) < float((start - target).norm()), label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deterministic_for_a_seed(name: str) -> None:
+    runs = []
+    for junk in (0, 1):
+        torch.manual_seed(junk)  # the global generator plays no part
+        named = parameters()
+        train(make(name, named), named, 5)
+        runs.append([param.detach() for _, param in named])
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_is_bit_exact_from_plain_tensors(name: str, dtype: torch.dtype) -> None:
+    named = parameters(dtype)
+    optimizer = make(name, named)
+    train(optimizer, named, 3)
+    file = io.BytesIO()
+    torch.save({"params": [param.detach() for _, param in named], "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = [(label, nn.Parameter(value)) for (label, _), value in zip(named, saved["params"], strict=True)]
+    restored = make(name, other, lr=123.0)  # the rate comes from the state
+    restored.load_state_dict(saved["optimizer"])
+    train(optimizer, named, 3)
+    train(restored, other, 3)
+    for (label, one), (_, two) in zip(named, other, strict=True):
+        assert torch.equal(one, two), label
+    assert state_nbytes(restored) == state_nbytes(optimizer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_without_gradient_stay_and_may_return(name: str) -> None:
+    named = parameters()
+    optimizer = make(name, named)
+    still = {"b", "conv", "bias"}
+    for round_ in range(4):
+        optimizer.zero_grad()
+        loss_of(named).backward()
+        before = {label: param.detach().clone() for label, param in named}
+        for label, param in named:
+            if label in still and round_ % 2:
+                param.grad = None
+        optimizer.step()
+        for label, param in named:
+            assert torch.equal(before[label], param) == (label in still and bool(round_ % 2)), label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_gradients_are_harmless(name: str) -> None:
+    named = parameters()
+    optimizer = make(name, named)
+    for _ in range(3):
+        for _, param in named:
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+    assert all(bool(param.isfinite().all()) for _, param in named)
+    assert train(optimizer, named, 15) < float(loss_of(parameters()).detach())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scheduler_and_group_options_reach_the_method(name: str) -> None:
+    named = parameters()
+    optimizer = make(name, named)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step >= 1 else 1.0)
+    before = [param.detach().clone() for _, param in named]
+    train(optimizer, named, 1)
+    assert not any(torch.equal(one, two) for one, (_, two) in zip(before, named, strict=True))
+    scheduler.step()
+    before = [param.detach().clone() for _, param in named]
+    train(optimizer, named, 1)
+    assert all(torch.equal(one, two) for one, (_, two) in zip(before, named, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rest_has_its_own_rate(name: str) -> None:
+    named = parameters()
+    optimizer = make(name, named, rest_lr=0.0)
+    before = {label: param.detach().clone() for label, param in named}
+    train(optimizer, named, 1)
+    for label, param in named:
+        assert torch.equal(before[label], param) == (label in {"small", "bias", "scale"}), label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_decay_is_decoupled_where_the_gradient_is_zero(name: str) -> None:
+    # torch's SGD adds the decay to the gradient: on a zero gradient its first step is the same
+    named = parameters()
+    optimizer = make(name, named, weight_decay=0.1)
+    before = [param.detach().clone() for _, param in named]
+    for _, param in named:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    if name == "adafactor":  # its rate is relative, so its decay is too
+        assert all(float(param.detach().norm()) < float(start.norm()) for (_, param), start in zip(named, before, strict=True))
+        return
+    for (label, param), start in zip(named, before, strict=True):
+        assert torch.allclose(param, start * (1 - RATES[name] * 0.1), rtol=1e-5), label
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "mango"])
+def test_maximize(name: str) -> None:
+    up, down = parameters(), parameters()
+    train(make(name, up, maximize=True), up, 10, sign=-1.0)
+    train(make(name, down), down, 10)
+    for (label, one), (_, two) in zip(up, down, strict=True):
+        assert torch.allclose(one, two, atol=1e-6), label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_closure_is_called_with_gradients_enabled(name: str) -> None:
+    named = parameters()
+    optimizer = make(name, named)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(named)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert first is not None and float(optimizer.step(closure).detach()) < float(first.detach())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_last_convolutions_step_like_contiguous_ones(name: str) -> None:
+    plain = [("conv", nn.Parameter(gaussian((64, 16, 3, 3), (1,))))]
+    last = [("conv", nn.Parameter(plain[0][1].detach().clone(memory_format=torch.channels_last)))]
+    for named in (plain, last):
+        train(make(name, named), named, 3)
+    assert torch.allclose(plain[0][1], last[0][1], atol=1e-5)
+    assert last[0][1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bytes_by_hand() -> None:
+    named = parameters()
+    values = sum(param.numel() for _, param in named)
+    expected = {"sgd": 4 * values, "adamw": 8 * values + 4 * len(named)}  # torch's fused AdamW keeps a float32 step for each tensor
+    for name, nbytes in expected.items():
+        optimizer = make(name, named)
+        assert state_nbytes(optimizer) == 0
+        train(optimizer, named, 1)
+        assert state_nbytes(optimizer) == nbytes, name
+
+
+def test_bytes_of_mango_by_hand() -> None:
+    named = [("w", nn.Parameter(gaussian((128, 256), (0,)))), ("small", nn.Parameter(torch.zeros(50)))]
+    plan = {"rank": 16, "basis_codec": "bf16", "moment_codec": "int8", "error": "codec", "error_codec": "nf4"}
+    optimizer = make("mango", named, plan=plan)
+    train(optimizer, named, 1)
+    basis, moment, error = 128 * 16 * 2, 16 * 256 + 16 * 256 // 256 * 4, 128 * 256 // 2 + 128 * 256 // 64 * 4
+    assert isinstance(optimizer, Mango)
+    assert optimizer.nbytes() == state_nbytes(optimizer) == basis + 2 * moment + error + 2 * 50 * 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_positive_and_cover_the_saved_state(name: str) -> None:
+    named = parameters()
+    optimizer = make(name, named)
+    train(optimizer, named, 2)
+    seen: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor) and value.numel():
+            seen[value.data_ptr()] = value.nbytes
+        elif isinstance(value, dict):
+            for inner in value.values():
+                walk(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner)
+
+    walk(optimizer.state_dict())
+    assert state_nbytes(optimizer) == sum(seen.values()) > 0
+
+
+def test_eight_bit_adam_shares_its_maps() -> None:
+    named = parameters()
+    optimizer = make("adamw8bit", named)
+    train(optimizer, named, 1)
+    large = sum(param.numel() for _, param in named if param.numel() >= 4096)
+    small = sum(param.numel() for _, param in named if param.numel() < 4096)
+    blocks = sum(-(-param.numel() // 256) for _, param in named if param.numel() >= 4096)
+    assert state_nbytes(optimizer) == 2 * large + 8 * small + 2 * blocks * 4 + 2 * 256 * 4
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, 64)
+        self.hidden = nn.Linear(64, 64)
+        self.conv = nn.Conv2d(8, 64, 3)
+        self.head = nn.Linear(64, 5)
+
+
+def test_split_rule() -> None:
+    matrices, rest = split(Net(), exclude=["^embed"])
+    assert [name for name, _ in matrices] == ["hidden.weight", "conv.weight"]
+    assert {name for name, _ in rest} == {"embed.weight", "hidden.bias", "conv.bias", "head.weight", "head.bias"}
+    net = Net()
+    net.hidden.weight.requires_grad_(False)
+    assert "hidden.weight" not in dict(split(net)[0]) | dict(split(net)[1])
+    assert [name for name, _ in split(net.named_parameters())[0]] == ["embed.weight", "conv.weight"]
+    with pytest.raises(
+        ConfigError, match=r"exclude = 'attention' is not legal: a regular expression that is found in a parameter's name: embed"
+    ):
+        split(net, exclude=["attention"])
+    with pytest.raises(ConfigError, match=r"exclude = '\(' is not legal: a regular expression \("):
+        split(net, exclude=["("])
+
+
+def test_galore_keeps_its_habit() -> None:
+    named = [("w", nn.Parameter(gaussian((64, 80), (0,))))]
+    optimizer = make("galore", named, update_proj_gap=3, rank=4)
+    assert isinstance(optimizer, Chain)
+    bases = []
+    for _ in range(7):
+        train(optimizer, named, 1)
+        bases.append(next(iter(optimizer.members[0].state.values()))["projector"].ortho_matrix.clone())
+    assert bases[0].shape == (64, 4)
+    changed = [not torch.equal(one, two) for one, two in zip(bases, bases[1:], strict=False)]
+    assert changed == [False, False, True, False, False, True]
+
+
+def test_muon_folds_convolutions_like_a_matrix() -> None:
+    conv = [("w", nn.Parameter(gaussian((64, 16, 3, 3), (0,))))]
+    flat = [("w", nn.Parameter(gaussian((64, 144), (0,)).reshape(64, 144)))]
+    flat[0][1].data.copy_(conv[0][1].detach().flatten(1))
+    goal = gaussian((64, 144), (1,))
+    for named in (conv, flat):
+        optimizer = make("muon", named)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (named[0][1].flatten(1) - goal).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(conv[0][1].flatten(1), flat[0][1])
+
+
+def test_the_parameters_may_move_between_steps() -> None:
+    named = parameters()
+    optimizer = make("muon", named)
+    train(optimizer, named, 2)
+    for _, param in named:
+        param.data = param.data.clone()  # as model.to() does
+    before = float(loss_of(named).detach())
+    assert train(optimizer, named, 20) < before
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("adam", {}, r"optimizer = 'adam' is not legal: one of adafactor, adamw, adamw8bit, galore, mango, muon, sgd"),
+        ("adamw", {"lr": -1.0}, r"options of adamw = .* is not legal: Invalid learning rate"),
+        ("sgd", {"momentun": 0.9}, r"options of sgd = .* unexpected keyword argument 'momentun'"),
+        ("muon", {"ranks": 3}, r"options of muon = .*'ranks'"),
+        ("galore", {"rank": 100}, r"plan.rank = 100 is not legal: at most 64, the smaller dimension of a folded to 64 x 80"),
+        ("mango", {"plan": {"rank": 0}}, r"plan.rank = 0 is not legal: an integer >= 1 or a fraction in \(0, 1\]"),
+        ("mango", {"plan": {"ranks": 4}}, r"plan = 'ranks' is not legal: one of the fields rank, scouts"),
+    ],
+)
+def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(name, parameters(), **options)
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ConfigError, match="model = 'no trainable parameter' is not legal"):
+        build("adamw", [])
+
+
+def test_bench_rows() -> None:
+    rows = bench.run(
+        rank=8, repeats=2, shapes=[(64, 64), (64, 128), (96, 64)], names=["mango rank 8", "mango rank 8, no error", "galore rank 8"]
+    )
+    assert [row["name"] for row in rows] == ["adamw", "mango rank 8", "mango rank 8, no error", "galore rank 8"]
+    assert rows[0]["ratio"] == 1.0
+    for row in rows:
+        assert 0 < float(row["median_ms"]) <= float(row["worst_ms"]) and float(row["first_ms"]) > 0
+    assert 8.0 <= float(rows[0]["bytes_per_parameter"]) < 8.01
+    assert float(rows[2]["bytes_per_parameter"]) + 0.5625 == pytest.approx(float(rows[1]["bytes_per_parameter"]))
+    with pytest.raises(ConfigError, match="names = 'lion' is not legal: one of adamw, mango rank 8"):
+        bench.run(rank=8, names=["lion"])

@@ -1,0 +1,277 @@
+"""mango.subspace: orthonormality at all times, T2 and T3's guarantees, scouts, rotations, energies."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mango import Subspace, orthonormalize
+from mango.errors import ConfigError
+from mango.subspace import (
+    _shifted_cholesky_qr,
+    _unit_columns,
+    captured_energy,
+    estimate_energy,
+    gaussian,
+    power_step,
+    principal_cosines,
+    rotate_moments,
+    rotation,
+    scout_alpha,
+)
+
+KINDS = ("gaussian", "graded", "dependent", "zero", "tiny", "huge", "half", "nearly equal", "zero column", "repeated")
+
+
+def make(kind: str, n: int, k: int, seed: int) -> Tensor:
+    x = gaussian((n, k), (seed,))
+    if kind == "graded":
+        return x @ torch.diag(10.0 ** -torch.linspace(0, 12, k))
+    if kind == "dependent":
+        return x @ gaussian((k, max(1, k // 3)), (seed, 1)) @ gaussian((max(1, k // 3), k), (seed, 2))
+    if kind == "nearly equal":
+        return 1 + 1e-4 * x
+    if kind == "zero column":
+        return x.index_fill(1, torch.tensor([k // 2]), 0.0)
+    if kind == "repeated":
+        return x[:, :1].expand(n, k)
+    return {"zero": x * 0, "tiny": x * 1e-30, "huge": x * 1e30, "half": x.bfloat16()}.get(kind, x)
+
+
+def defect(v: Tensor) -> float:
+    gram = v.double().mT @ v.double()
+    return float(torch.linalg.matrix_norm(gram - torch.eye(v.shape[-1], dtype=torch.float64)).max())
+
+
+def outside(x: Tensor, v: Tensor) -> float:
+    """The share of x (n, k) that the span of v misses, column by column."""
+    unit = _unit_columns(x.double())[0]
+    return float(torch.linalg.vector_norm(unit - v.double() @ (v.double().mT @ unit), dim=0).max())
+
+
+@settings(max_examples=80, deadline=None)
+@given(kind=st.sampled_from(KINDS), n=st.integers(1, 80), k=st.integers(1, 90), seed=st.integers(0, 1000))
+def test_orthonormal_and_spanning_for_any_input(kind: str, n: int, k: int, seed: int) -> None:
+    x = make(kind, n, k, seed)
+    v = orthonormalize(x)
+    assert v.shape == (n, min(n, k)) and v.dtype == torch.float32
+    assert defect(v) <= 1e-5
+    assert outside(x[:, : min(n, k)], v) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, k", [(2048, 128), (256, 256), (1024, 1)])
+def test_orthonormal_at_working_sizes(kind: str, n: int, k: int) -> None:
+    assert defect(orthonormalize(make(kind, n, k, 0))) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, k", [(512, 64), (96, 96), (33, 1)])
+def test_the_path_for_accelerators_holds_the_same_bound(kind: str, n: int, k: int) -> None:
+    x = _unit_columns(make(kind, n, k, 0).float())[0]
+    v, diagonal = _shifted_cholesky_qr(x)
+    assert defect(v) <= 1e-5
+    if kind not in ("graded", "nearly equal"):  # columns that depend on earlier ones to 1e-4 may be replaced there
+        assert outside(x, v) <= 1e-4
+    if kind == "gaussian":
+        assert torch.allclose(diagonal, torch.linalg.qr(x.double())[1].diagonal().abs().float(), rtol=1e-3, atol=1e-5)
+
+
+def test_leading_columns_and_signs_follow_the_input() -> None:
+    x = gaussian((40, 6), (0,))
+    v = orthonormalize(x)
+    for k in range(1, 7):
+        assert outside(x[:, :k], v[:, :k]) <= 1e-5
+    assert bool(((v * x).sum(0) > 0).all())  # R has a positive diagonal, so a basis does not flip from step to step
+
+
+def test_batches_are_independent_even_when_one_member_falls_back() -> None:
+    members = [make(kind, 48, 8, 3) for kind in ("gaussian", "dependent", "zero", "graded")]
+    batch = orthonormalize(torch.stack([m.float() for m in members]))
+    for member, v in zip(members, batch, strict=True):
+        assert torch.allclose(orthonormalize(member), v, atol=1e-5)
+    assert orthonormalize(torch.randn(2, 3, 20, 4)).shape == (2, 3, 20, 4)
+    assert orthonormalize(torch.randn(5, 0)).shape == (5, 0)
+
+
+def test_double_stays_double() -> None:
+    v = orthonormalize(gaussian((30, 5), (0,), dtype=torch.float64))
+    assert v.dtype == torch.float64 and defect(v) < 1e-13
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    scouts=st.integers(0, 3),
+    rank=st.integers(3, 8),
+    zero=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)
+def test_basis_is_orthonormal_at_all_times(seed: int, scouts: int, rank: int, zero: bool, dtype: torch.dtype) -> None:
+    space = Subspace(24, rank, scouts=scouts, batch=(2,), seed=seed, dtype=dtype)
+    assert defect(space.basis) <= 1e-5
+    for step in range(3):
+        space.step(gaussian((2, 24, 17), (seed, step)) * (0.0 if zero else 1.0))
+        assert defect(space.basis) <= 1e-5
+        assert space.drift.shape == (2, rank) and bool((space.drift <= 1).all())
+
+
+def test_converges_to_the_dominant_singular_directions() -> None:
+    left, _, _ = torch.linalg.svd(gaussian((60, 60), (1,)))
+    right, _, _ = torch.linalg.svd(gaussian((80, 80), (2,)))
+    values = 2.0 ** -torch.arange(60.0)
+    g = left @ torch.diag(values) @ right[:60]
+    space = Subspace(60, 6, scouts=1, seed=3)
+    for _ in range(12):
+        space.step(g)
+    assert float(principal_cosines(space.basis[:, :5], left[:, :5]).min()) > 1 - 1e-5
+    assert math.isclose(float(space.energy(g)), float(values[:6].square().sum() / values.square().sum()), rel_tol=1e-4)
+    gram = Subspace(60, 6, scouts=1, seed=3)
+    for _ in range(12):
+        gram.step(lambda x: g @ (g.mT @ x))
+    assert float(principal_cosines(gram.basis[:, :5], left[:, :5]).min()) > 1 - 1e-4
+
+
+def test_scouts_adopt_a_direction_that_the_warm_start_cannot_see() -> None:
+    eye = torch.eye(30)
+    before, after = torch.diag(torch.tensor([3.0, 2.0] + [0.0] * 28)), torch.diag(torch.tensor([3.0, 0.0, 0.0, 5.0] + [0.0] * 26))
+    blind, seeing = Subspace(30, 2, scouts=0), Subspace(30, 2, scouts=1)
+    for space in (blind, seeing):
+        for _ in range(30):
+            space.step(before)
+        assert outside(eye[:, :2], space.basis) < 1e-3
+        space._basis = eye[:, :2].clone()  # no rounding error that could grow into the new direction
+        for _ in range(4):
+            space.step(after)
+    assert float(seeing.energy(after)) > 0.999
+    assert float(blind.energy(after)) < 0.3  # control: 9 / 34
+
+
+def test_one_step_never_does_worse_than_the_basis_it_started_from() -> None:
+    for seed in range(20):  # T2, twice
+        g, v = gaussian((20, 31), (seed, 0)), orthonormalize(gaussian((20, 4), (seed, 1)))
+        assert float(captured_energy(power_step(v, g)[0], g)) >= float(captured_energy(v, g)) - 1e-6
+
+
+@pytest.mark.parametrize("scouts", [1, 3])
+def test_scout_certificate_holds_in_expectation_on_the_worst_case(scouts: int) -> None:
+    dim, rank, draws = 12, 4, 4000
+    v = torch.eye(dim)[:, :rank].expand(draws, dim, rank)
+    alpha = scout_alpha(dim, rank, scouts)
+    assert alpha == scouts / (dim - rank + scouts)
+    g = torch.eye(dim)[:, rank - scouts :]  # flat, and orthogonal to the columns that are kept
+    fresh = gaussian((draws, dim, scouts), (1,))
+    q = orthonormalize(torch.cat([v[..., : rank - scouts], fresh], -1))
+    scout = captured_energy(q, g.expand(draws, -1, -1))  # T3's equality case, without the power step
+    assert abs(float(scout.mean()) - alpha) < 5 * float(scout.std()) / draws**0.5 + 1e-6
+    captured = captured_energy(power_step(v, g.expand(draws, -1, -1), fresh)[0], g)
+    assert float(captured.mean()) >= alpha - 5 * float(captured.std()) / draws**0.5 - 1e-6
+    hidden = torch.eye(dim)[:, rank:]  # control: without scouts the step is stuck, and nothing is certified
+    assert scout_alpha(dim, rank, 0) == 0.0 and float(captured_energy(power_step(v[0], hidden)[0], hidden)) < 1e-6
+    assert scout_alpha(dim, dim, 0) == 1.0
+
+
+def test_reused_scouts_lose_the_certificate() -> None:
+    fresh = gaussian((10, 1), (5,))
+    v = torch.eye(10)[:, :3]
+    used = orthonormalize(torch.cat([v[:, :2], fresh], -1))
+    complement = torch.linalg.qr(torch.cat([used, torch.eye(10)], -1))[0][:, 3:]
+    g = complement[:, :1] @ gaussian((1, 7), (6,))  # chosen after the scout was seen
+    assert float(captured_energy(used, g)) < 1e-10
+    assert float(captured_energy(power_step(v, g, gaussian((10, 1), (7,)))[0], g)) > 0.99
+
+
+def test_energy_estimate_of_columns_is_a_lower_bound_and_sorts() -> None:
+    g = gaussian((40, 50), (0,)) * torch.linspace(2, 0.1, 40).unsqueeze(1)
+    v, energy = power_step(orthonormalize(gaussian((40, 6), (1,))), g)
+    assert all(a >= b for a, b in pairwise(energy.tolist()))
+    single, estimate = power_step(orthonormalize(gaussian((40, 1), (2,))), g)
+    assert float(estimate) <= float((single.mT @ g).square().sum()) * (1 + 1e-5)
+    assert float(estimate) > 0.3 * float((single.mT @ g).square().sum())
+    same = power_step(orthonormalize(gaussian((40, 6), (1,))), lambda x: g @ (g.mT @ x))
+    assert torch.allclose(energy, same[1], rtol=1e-3) and float(principal_cosines(v, same[0]).min()) > 1 - 1e-4
+
+
+def test_rotation_of_moments() -> None:
+    old = orthonormalize(gaussian((30, 5), (0,)))
+    order, signs = torch.tensor([3, 1, 4, 0, 2]), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    r = rotation(old[:, order] * signs, old)
+    m, v = gaussian((5, 9), (1,)), gaussian((5, 9), (2,)).square()
+    turned_m, turned_v = rotate_moments(r, m, v)
+    assert torch.allclose(turned_m, m[order] * signs.unsqueeze(1), atol=1e-5)
+    assert torch.allclose(turned_v, v[order], atol=1e-5)
+    angle = 0.3  # uncorrelated coordinates: the second moment of the rotated ones in closed form
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    draws = gaussian((2, 400_000), (3,)) * torch.tensor([[2.0], [0.5]])
+    _, moment = rotate_moments(turn, torch.zeros(2, 1), draws.square().mean(1, keepdim=True))
+    assert torch.allclose(moment, (turn @ draws).square().mean(1, keepdim=True), rtol=0.02)
+
+
+def test_estimated_energy_agrees_with_the_exact_one_within_its_error() -> None:
+    g, v = gaussian((50, 70), (0,)), orthonormalize(gaussian((50, 8), (1,)))
+    exact = float(captured_energy(v, g))
+    errors = []
+    for seed in range(40):
+        value, error = estimate_energy(v, lambda x: g @ (g.mT @ x), gaussian((50, 16), (2, seed)))
+        errors.append((float(value) - exact) / float(error))
+    assert abs(sum(errors) / 40) < 5 / 40**0.5
+    assert 0.5 < (sum(e * e for e in errors) / 40) ** 0.5 < 2.0  # the standard error is of the right size
+    with pytest.raises(ConfigError, match=r"probes.shape\[-1\] = 1 is not legal: at least 2"):
+        estimate_energy(v, lambda x: x, gaussian((50, 1), (0,)))
+
+
+def test_rank_at_or_above_the_dimension_spans_everything() -> None:
+    for rank in (6, 9):
+        space = Subspace(6, rank)
+        g = gaussian((6, 11), (0,))
+        space.step(g)
+        assert space.basis.shape == (6, 6) and abs(float(space.energy(g)) - 1) < 1e-5 and space.alpha == 1.0
+
+
+def test_resumes_bit_for_bit() -> None:
+    one = Subspace(32, 4, seed=7, dtype=torch.bfloat16)
+    for step in range(3):
+        one.step(gaussian((32, 20), (step,)))
+    two = Subspace(32, 4, seed=7, dtype=torch.bfloat16)
+    two.load_state_dict(one.state_dict())
+    for step in range(3, 6):
+        assert torch.equal(one.step(gaussian((32, 20), (step,))), two.step(gaussian((32, 20), (step,))))
+    assert torch.equal(one.drift, two.drift)
+    with pytest.raises(ConfigError, match=r"state\['basis'\]"):
+        Subspace(32, 5).load_state_dict(one.state_dict())
+
+
+def test_drift_is_one_for_a_still_matrix_and_zero_for_a_new_one() -> None:
+    g = torch.diag(torch.tensor([4.0, 3.0] + [0.0] * 8))
+    space = Subspace(10, 2, scouts=0)
+    for _ in range(20):
+        space.step(g)
+    assert float(space.drift.min()) > 1 - 1e-5
+    space.step(torch.diag(torch.tensor([0.0, 0.0, 5.0, 4.0] + [0.0] * 6)) + 1e-9)
+    assert float(space.drift.max()) < 0.9
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dim": 0, "rank": 1}, "dim = 0 is not legal: an integer >= 1"),
+        ({"dim": 4, "rank": 0}, "rank = 0 is not legal: an integer >= 1"),
+        ({"dim": 4, "rank": 2, "scouts": 3}, "scouts = 3 is not legal: an integer from 0 to the rank, 2"),
+        ({"dim": 4, "rank": 2, "scouts": -1}, "scouts = -1 is not legal"),
+        ({"dim": 4, "rank": 2, "dtype": torch.int64}, "dtype = torch.int64 is not legal"),
+    ],
+)
+def test_bad_input(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Subspace(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"g.shape = \(5, 4\) is not legal: \(4,\) and one more dimension"):
+        Subspace(4, 2).step(torch.zeros(5, 4))

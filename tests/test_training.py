@@ -1,0 +1,512 @@
+"""Training: configuration, schedule, record, judge, checkpoints; same seed twice, a killed run resumed, and a run that diverges."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mango.errors import ConfigError, DataError, NonFinite
+from mango.training import atomic, checkpoint, judge, record, schedule, schema
+from mango.training.config import RunSpec, TierConfig, load, resolve, validated
+from mango.training.loop import train
+from mango.training.session import Interrupted
+from mango.training.yamlfile import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+TIER = """
+tier: test
+experiments:
+  digits:
+    seeds: [0, 1]
+    minutes: 1
+    data: {name: digits, train: 200, test: 100, validation: 50}
+    model: {name: resnet, width: 16, blocks: [1, 1], stem: patch2}
+    train: {steps: 16, batch: 20, eval_every: 8, log_every: 4, checkpoint_every: 5, warmup: 2}
+    controls: {dense: adamw, frozen: frozen}
+    variants:
+      adamw: {optimizer: adamw, options: {lr: 3e-3}}
+      frozen: {optimizer: adamw, options: {lr: 3e-3}, freeze: true}
+      adamw8bit: {optimizer: adamw8bit, options: {lr: 3e-3}}
+      galore: {optimizer: galore, options: {lr: 3e-3, update_proj_gap: 7}}
+      muon: {optimizer: muon, options: {lr: 2e-2}}
+      mango: {label: Mango, optimizer: mango, options: {lr: 3e-3, plan: {rank: 0.25}}}
+"""
+
+
+@pytest.fixture(scope="session")
+def tier_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tier") / "test.yaml"
+    path.write_text(TIER)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _isolated(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANGO_CACHE", str(cache))
+    monkeypatch.setenv("MANGO_DATA", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def spec(tier_file: Path, variant: str, *overrides: str, seed: int = 0) -> RunSpec:
+    return resolve(load(tier_file), "digits", variant, seed, list(overrides))
+
+
+def lines_without_time(folder: Path) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("time")
+    return rows
+
+
+# configuration
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflow" / "config").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_tier_is_valid_and_every_run_of_it_resolves(path: Path) -> None:
+    tier = load(path)
+    assert tier.tier == path.stem
+    for name, experiment in tier.experiments.items():
+        for variant in experiment.variants:
+            assert resolve(tier, name, variant, experiment.seeds[0]).config.train == experiment.train
+
+
+@pytest.mark.parametrize("name", sorted(schema.SCHEMAS))
+def test_the_schema_files_are_what_the_models_export(name: str) -> None:
+    assert (ROOT / "workflow" / "schemas" / f"{name}.schema.json").read_text() == schema.export(name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflow" / "config").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_exported_schema_accepts_shipped_tiers_and_rejects_an_unknown_key(path: Path) -> None:
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(json.loads(schema.export("config")))
+    content = parse(path.read_text(), str(path))
+    assert not list(validator.iter_errors(content))
+    next(iter(content["experiments"].values()))["train"]["stepz"] = 3
+    assert any("stepz" in error.message for error in validator.iter_errors(content))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 16", "stepz: 16", "experiments.digits.train.stepz is an unknown key (value 16): the keys here are autocast, batch,"),
+        ("steps: 16", "steps: 0", "experiments.digits.train.steps = 0 is not legal: greater than or equal to 1"),
+        ("steps: 16", "steps: 16.5", "experiments.digits.train.steps = 16.5 is not legal: integer"),
+        ("warmup: 2", "warmup: 16", "experiments.digits.train.warmup = 16 is not legal: fewer than the 16 steps"),
+        ("name: resnet,", "name: vgg,", "experiments.digits.model.name = 'vgg' is not legal: one of 'resnet', 'resnet18'"),
+        ("stem: patch2", "stem: patch3", "experiments.digits.model.stem = 'patch3' is not legal: 'conv' or 'patch2'"),
+        ("blocks: [1, 1]", "blocks: [1, 0]", "experiments.digits.model.blocks.1 = 0 is not legal"),
+        (
+            "width: 16",
+            "widht: 16",
+            "experiments.digits.model.widht is an unknown key (value 16): the keys here are blocks, name, stem, width",
+        ),
+        ("frozen: frozen}", "frozen: frzen}", "experiments.digits.controls.frozen = 'frzen' is not legal: one of adamw"),
+        ("seeds: [0, 1]", "seeds: []", "experiments.digits.seeds = [] is not legal"),
+        ("minutes: 1", "", "experiments.digits.minutes is missing"),
+        ("tier: test", "tier: test\ntier: other", "the key 'tier' is given twice"),
+        ("tier: test", "tier: [", "not valid YAML"),
+    ],
+)
+def test_a_bad_tier_file_is_named_with_field_value_and_what_is_legal(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in TIER
+    path = tmp_path / "bad.yaml"
+    path.write_text(TIER.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert str(path) in str(error.value)
+    assert message in " ".join(str(error.value).split())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "key=value"),
+        ("train.stepz=3", "train.stepz is an unknown key (value 3)"),
+        ("trian.steps=3", "one of data, model, options, train"),
+        ("foo=1", "foo is an unknown key"),
+        ("data.source=lokal", "data.source = 'lokal' is not legal: 'auto', 'local', 'download' or 'embedded'"),
+        ("train.steps=[", "not valid YAML"),
+        ("train.clip=.inf", "train.clip = inf is not legal: a finite number"),
+    ],
+)
+def test_a_bad_override_is_named(tier_file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        spec(tier_file, "adamw", override)
+    assert message in str(error.value)
+
+
+def test_overrides_reach_the_run_and_change_its_hash(tier_file: Path) -> None:
+    plain = spec(tier_file, "mango")
+    changed = spec(tier_file, "mango", "options.lr=1e-4", "options.plan.rank=3", "train.steps=9", "options.betas=[0.8, 0.9]")
+    assert changed.config.options == {"lr": 1e-4, "plan": {"rank": 3}, "betas": [0.8, 0.9]}
+    assert changed.config.train.steps == 9
+    assert changed.config.hash() != plain.config.hash()
+    assert spec(tier_file, "mango", seed=1).config.hash() == plain.config.hash()
+
+
+def test_yaml_reads_exponents_as_numbers() -> None:
+    assert parse("[3e-3, 1E5, -2e+1, 3.5e-1, 7]", "here") == [0.003, 1e5, -20.0, 0.35, 7]
+    assert parse("[e5, 3e, '3e-3']", "here") == ["e5", "3e", "3e-3"]
+
+
+# schedule
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [("constant", [0.25, 1.0, 1.0, 1.0]), ("linear", [0.25, 1.0, 0.55, 0.145]), ("cosine", [0.25, 1.0, 0.55, 0.122150])],
+)
+def test_the_schedule_has_its_closed_form(kind: str, values: list[float]) -> None:
+    found = [schedule.factor(step, 24, kind, warmup=4, floor=0.1) for step in (0, 4, 14, 23)]
+    if kind == "cosine":
+        values[-1] = 0.1 + 0.9 * (1 + math.cos(math.pi * 19 / 20)) / 2
+    assert found == pytest.approx(values, abs=1e-12)
+
+
+# judge
+
+
+def test_recovered_gap_has_its_closed_form_and_needs_a_gap() -> None:
+    dense, frozen = [1.00, 1.01, 0.99], [2.0, 2.0, 2.0]
+    found = judge.recovered({0: 1.1, 1: 0.9, 2: 1.0}, dense, frozen)
+    assert found.per_seed == pytest.approx({0: 0.9, 1: 1.1, 2: 1.0})
+    assert found.value == pytest.approx(1.0)
+    assert found.std == pytest.approx(0.1)
+    assert judge.gap(dense, frozen).ratio == pytest.approx(100.0)
+    assert judge.gap(dense, [1.09] * 3).reason is not None, "nine standard deviations are no proof"
+    assert judge.recovered({0: 1.0}, dense, [1.09] * 3).value is None
+    assert "does not" not in str(judge.gap(dense, [1.11] * 3).reason)
+    assert judge.gap(dense, [1.11] * 3).passed
+
+
+@pytest.mark.parametrize(
+    ("dense", "frozen", "words"),
+    [
+        ([1.0], [2.0], "one seed"),
+        ([2.0, 2.1], [1.0, 1.0], "no worse"),
+        ([1.0, 1.5], [2.0, 2.0], "below 10"),
+        ([math.nan, 1.0], [2.0], "not finite"),
+    ],
+)
+def test_no_verdict_comes_with_a_reason(dense: list[float], frozen: list[float], words: str) -> None:
+    assert words in str(judge.recovered({0: 1.0}, dense, frozen).reason)
+
+
+def test_a_control_without_runs_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="dense losses"):
+        judge.gap([], [1.0])
+    with pytest.raises(ConfigError, match="at least one seed"):
+        judge.paired({0: 1.0}, {1: 1.0})
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), min_size=2, max_size=12))
+def test_the_paired_test_is_scipys(pairs: list[tuple[float, float]]) -> None:
+    from scipy import stats
+
+    a, b = ({seed: pair[side] for seed, pair in enumerate(pairs)} for side in (0, 1))
+    found = judge.paired(a, b)
+    differences = [x - y for x, y in pairs]
+    if found.p_value is None:
+        assert len(set(differences)) == 1
+        return
+    if max(differences) - min(differences) < 1e-6:  # a test of rounding
+        return
+    reference = stats.ttest_1samp(differences, 0.0)
+    assert found.p_value == pytest.approx(reference.pvalue, abs=1e-9)
+    assert found.interval == pytest.approx(tuple(reference.confidence_interval(0.95)), rel=1e-6, abs=1e-9)
+
+
+# files
+
+
+def test_an_atomic_write_that_fails_leaves_the_previous_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic.write(path, lambda file: file.write(b"first"))
+
+    def fail(file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write(path, fail)
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"model": torch.zeros(3)})
+    (tmp_path / "checkpoint.pt.partial").symlink_to("/dev/full")  # every write to it fails as on a full disk
+    with pytest.raises(OSError, match=r"checkpoint\.pt") as error:
+        checkpoint.save(path, {"model": torch.ones(100_000)})
+    assert error.value.errno == 28 or "disk full" in str(error.value)
+    assert torch.equal(checkpoint.load(path)["model"], torch.zeros(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"model": torch.zeros(1000)})
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-500])
+    else:
+        torch.save({"version": 99}, path)
+    with pytest.raises(DataError, match=r"checkpoint\.pt is not a"):
+        checkpoint.load(path)
+
+
+# training
+
+
+@pytest.fixture(scope="session")
+def unbroken(tier_file: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One whole run of each optimizer."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MANGO_CACHE", str(cache))
+        patch.setenv("MANGO_DATA", "")
+        for variant in ("adamw", "mango", "adamw8bit", "galore", "muon"):
+            folders[variant] = tmp_path_factory.mktemp("unbroken") / variant
+            train(spec(tier_file, variant), folders[variant])
+    return folders
+
+
+def test_a_run_writes_its_record_metrics_and_weights_and_learns(unbroken: dict[str, Path]) -> None:
+    folder = unbroken["mango"]
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "model.pt", "run.json"]
+    found = record.load(folder / "run.json")
+    rows = lines_without_time(folder)
+    assert [(row["step"], row["split"]) for row in rows] == [
+        (4, "train"),
+        (8, "train"),
+        (8, "test"),
+        (12, "train"),
+        (16, "train"),
+        (16, "test"),
+    ]
+    assert found.metrics.final.test_loss == rows[-1]["loss"]
+    assert rows[-2]["loss"] < rows[0]["loss"]  # type: ignore[operator]
+    assert (found.status, found.label, found.steps, found.seed) == ("completed", "Mango", 16, 0)
+    assert (found.data.title, found.data.train, found.data.test) == ("digits (embedded stand-in)", 200, 100)
+    assert found.energy.joules is not None or found.energy.reason
+    assert set(found.plan[0].layers) == {"blocks.1.conv1.weight", "blocks.1.conv2.weight"}
+    assert found.parameters.compressed == 32 * 16 * 9 + 32 * 32 * 9
+    assert {(row.step, row.layer) for row in found.contraction} == {(step, layer) for step in (8, 16) for layer in found.plan[0].layers}
+    assert all(0 <= row.certified <= 1 and row.measured <= 1 + 1e-6 for row in found.contraction)
+    assert found.memory.gradients == found.parameters.total * 4
+    assert found.memory.saved_activations > 20 * 3 * 32 * 32 * 4
+
+
+def test_the_same_seed_twice_gives_the_same_metrics_and_another_seed_does_not(
+    unbroken: dict[str, Path], tier_file: Path, tmp_path: Path
+) -> None:
+    train(spec(tier_file, "mango"), tmp_path / "again")
+    train(spec(tier_file, "mango", seed=1), tmp_path / "other")
+    assert lines_without_time(tmp_path / "again") == lines_without_time(unbroken["mango"])
+    assert lines_without_time(tmp_path / "other") != lines_without_time(unbroken["mango"])
+
+
+KILLED = """
+import os, signal, sys
+from mango.training.config import load, resolve
+from mango.training.loop import train
+
+def stop(kind, done, total):
+    if kind == "steps" and done == int(sys.argv[5]):
+        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+
+train(resolve(load(sys.argv[1]), "digits", sys.argv[2], 0), sys.argv[3], progress=stop)
+"""
+
+
+def run_until_signal(tier_file: Path, variant: str, folder: Path, name: str, step: int) -> int:
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tier_file), variant, str(folder), name, str(step)]
+    return subprocess.run(command, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120).returncode
+
+
+class Crash(Exception):
+    """Stops a run in this process between two steps: cheaper than a process where it matters only where the run stopped."""
+
+
+def crash_at(run: RunSpec, folder: Path, step: int) -> None:
+    def stop(kind: str, done: int, total: int) -> None:
+        if kind == "steps" and done == step:
+            raise Crash
+
+    with pytest.raises(Crash):
+        train(run, folder, progress=stop)
+
+
+@pytest.mark.parametrize(("variant", "kill"), [("adamw", True), ("mango", True), ("adamw8bit", True), ("galore", False), ("muon", False)])
+def test_a_killed_run_resumes_bit_for_bit(unbroken: dict[str, Path], tier_file: Path, tmp_path: Path, variant: str, kill: bool) -> None:
+    if kill:
+        assert run_until_signal(tier_file, variant, tmp_path, "SIGKILL", 13) == -signal.SIGKILL
+    else:
+        crash_at(spec(tier_file, variant), tmp_path, 13)
+    assert not (tmp_path / "run.json").exists()
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["counters"]["step"] == 10
+    done = train(spec(tier_file, variant), tmp_path, resume=True)
+    assert done.resumed == [10]
+    assert lines_without_time(tmp_path) == lines_without_time(unbroken[variant])
+    final = [torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (tmp_path, unbroken[variant])]
+    for name, tensor in final[0].items():
+        assert torch.equal(tensor, final[1][name]), name
+    whole = record.load(unbroken[variant] / "run.json")
+    assert (done.metrics, done.contraction, done.plan) == (whole.metrics, whole.contraction, whole.plan)
+    assert done.memory.saved_activations == whole.memory.saved_activations
+    assert done.memory.optimizer_state == whole.memory.optimizer_state
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(unbroken: dict[str, Path], tier_file: Path, tmp_path: Path) -> None:
+    crash_at(spec(tier_file, "adamw"), tmp_path, 4)
+    train(spec(tier_file, "adamw"), tmp_path, resume=True)
+    assert lines_without_time(tmp_path) == lines_without_time(unbroken["adamw"])
+
+
+def test_sigterm_writes_a_checkpoint_after_a_whole_step(unbroken: dict[str, Path], tier_file: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(kind: str, done: int, total: int) -> None:
+        if kind == "steps" and done == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        train(spec(tier_file, "adamw"), tmp_path, progress=stop)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["counters"]["step"] in (7, 8)  # the signal may be seen one step later
+    train(spec(tier_file, "adamw"), tmp_path, resume=True)
+    assert lines_without_time(tmp_path) == lines_without_time(unbroken["adamw"])
+
+
+def test_a_completed_run_is_neither_repeated_nor_overwritten(unbroken: dict[str, Path], tier_file: Path) -> None:
+    folder = unbroken["adamw"]
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match="--resume continues it, --force starts it over"):
+        train(spec(tier_file, "adamw"), folder)
+    train(spec(tier_file, "adamw"), folder, resume=True)
+    with pytest.raises(ConfigError, match="another configuration or seed"):
+        train(spec(tier_file, "adamw", "train.steps=17"), folder, resume=True)
+    assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tier_file: Path, tmp_path: Path) -> None:
+    crash_at(spec(tier_file, "adamw"), tmp_path, 6)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ConfigError, match="config_hash"):
+        train(spec(tier_file, "adamw", "options.lr=1e-3"), tmp_path, resume=True)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert train(spec(tier_file, "adamw", "train.steps=3"), tmp_path, force=True).steps == 3
+
+
+def test_a_diverging_run_stops_with_its_step_and_keeps_the_last_good_checkpoint(tier_file: Path, tmp_path: Path) -> None:
+    from mango.models.resnet import ResNet
+
+    calls = 0
+
+    def forward(self: ResNet, x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += self.training
+        out = original(self, x)
+        return out * float("nan") if calls > 12 else out
+
+    original = ResNet.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResNet, "forward", forward)
+        with pytest.raises(NonFinite, match=r"the training loss is nan at step 13.*checkpoint\.pt"):
+            train(spec(tier_file, "adamw"), tmp_path)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["counters"]["step"] == 10
+    assert not (tmp_path / "run.json").exists()
+    train(spec(tier_file, "adamw"), tmp_path, resume=True)
+
+
+def test_weights_that_overflow_never_reach_a_checkpoint(tier_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match="at step"):
+        train(spec(tier_file, "adamw", "options.lr=1e38", "train.checkpoint_every=1"), tmp_path)
+    if (tmp_path / "checkpoint.pt").exists():
+        assert all(
+            value.isfinite().all() for value in checkpoint.load(tmp_path / "checkpoint.pt")["model"].values() if value.is_floating_point()
+        )
+
+
+def test_frozen_layers_keep_their_weights_and_the_rest_trains(tier_file: Path, tmp_path: Path) -> None:
+    first = train(spec(tier_file, "frozen", "train.steps=3"), tmp_path / "short")
+    train(spec(tier_file, "frozen"), tmp_path / "long")
+    short, long = (torch.load(tmp_path / name / "model.pt", weights_only=True)["model"] for name in ("short", "long"))
+    for name in ("blocks.1.conv1.weight", "blocks.1.conv2.weight"):
+        assert torch.equal(short[name], long[name])
+    assert not torch.equal(short["head.weight"], long["head.weight"])
+    assert first.memory.gradients == (first.parameters.total - first.parameters.compressed) * 4
+
+
+def test_tuning_runs_are_judged_on_validation_images(tier_file: Path, tmp_path: Path) -> None:
+    found = train(spec(tier_file, "adamw", "data.evaluate=validation", "train.steps=4"), tmp_path)
+    assert found.metrics.final.test_loss is None
+    assert found.metrics.final.validation_loss is not None
+    assert found.data.validation == 50
+
+
+def test_the_other_settings_of_the_loop_train(tier_file: Path, tmp_path: Path) -> None:
+    overrides = ["train.autocast=bf16", "train.channels_last=true", "train.clip=0.5", "train.schedule=linear", "data.augment=false"]
+    found = train(spec(tier_file, "mango", "train.steps=3", *overrides), tmp_path)
+    assert found.config.train.autocast == "bf16"
+    assert math.isfinite(found.metrics.final.test_loss or math.nan)
+
+
+# record
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(status="half"), "status = 'half' is not legal: 'completed'"),
+        (lambda content: content.pop("memory"), "memory is missing"),
+        (lambda content: content["memory"].update(gradients="many"), "memory.gradients = 'many' is not legal: integer"),
+        (lambda content: content.update(extra=1), "extra is an unknown key"),
+        (lambda content: content["config"]["train"].update(steps=-1), "config.train.steps = -1 is not legal"),
+        (lambda content: content.update(config_hash="x"), "config_hash = 'x' is not legal"),
+    ],
+)
+def test_a_record_that_fails_its_schema_is_named(unbroken: dict[str, Path], tmp_path: Path, change: object, message: str) -> None:
+    content = json.loads((unbroken["adamw"] / "run.json").read_text())
+    change(content)  # type: ignore[operator]
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as error:
+        record.load(path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_records_validate_against_the_exported_schema(unbroken: dict[str, Path]) -> None:
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(json.loads(schema.export("run")))
+    for folder in unbroken.values():
+        assert not list(validator.iter_errors(json.loads((folder / "run.json").read_text())))
+    assert validated(TierConfig, parse(TIER, "tier"), "tier").tier == "test"
+
+
+def test_wandb_logs_offline_when_asked(tier_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = resolve(load(tier_file), "digits", "adamw", 0, ["train.steps=2", "train.warmup=0"], wandb=True)
+    train(run, tmp_path)
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
