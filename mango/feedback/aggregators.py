@@ -209,13 +209,13 @@ class RFA(Aggregator):
     outlier costs no iterations, with nu relative to the median distance from there.
 
     Args:
-        iterations: at most this many; stops when a step is below 1e-9 of the median distance.
+        iterations: at most this many; stops when a step is below 1e-6 of the median distance.
         smoothing: nu over the median distance.
     """
 
     name: ClassVar[str] = "rfa"
 
-    def __init__(self, delta: float = 0.25, bucket: int = 1, *, iterations: int = 100, smoothing: float = 1e-6) -> None:
+    def __init__(self, delta: float = 0.25, bucket: int = 1, *, iterations: int = 32, smoothing: float = 1e-6) -> None:
         super().__init__(delta, bucket)
         if iterations < 1:
             raise ConfigError.of("iterations", iterations, "an integer >= 1")
@@ -237,7 +237,7 @@ class RFA(Aggregator):
             moved = ((weights / weights.sum()).to(rows.dtype)[:, None] * rows).sum(0)
             step = torch.linalg.vector_norm(moved - z, dtype=torch.float64)
             z = moved
-            if step <= 1e-9 * scale:
+            if step <= 1e-6 * scale:
                 break
         return z
 
@@ -245,8 +245,8 @@ class RFA(Aggregator):
 class CentredClipping(Aggregator):
     """One step of centred clipping: x_hat = v + mean_i clip(x_i - v, tau), started at the coordinate-wise median v.
 
-    With ``radius=None`` tau is the median of the distances |x_i - v|, so no scale has to be known; then, with k = ceil(n/2) and kappa_v that
-    of the median, kappa = (sqrt(kappa_v) + sqrt(G (1 + kappa_v) / (n - k + 1 - f)))^2 (derived here). A fixed radius has no constant.
+    With ``radius=None`` tau is the median of the distances |x_i - v|, so no scale has to be known; then, with k = ceil(n/2) and kappa_v
+    that of the median, kappa = (sqrt(kappa_v) + sqrt(G (1 + kappa_v) / (n - k + 1 - f)))^2 (derived here). A fixed radius has no constant.
     Source: Karimireddy, He, Jaggi 2021, arXiv:2012.10333, who start at the previous aggregate and fix tau.
 
     Args:

@@ -1,7 +1,7 @@
 """What dishonest workers send. Attackers are the last rows of the messages, know everything and act together.
 
-``attack(messages)`` takes the messages that all n workers would send by the protocol, (n, d), and returns what the server receives. Pass one as
-``attack=`` to the step of a method with a server (mango.feedback.marina) to study it.
+``attack(messages)`` takes the messages that all n workers would send by the protocol, (n, d), and returns what the server receives. Pass
+one as ``attack=`` to ``step`` or ``absorb`` of the methods in mango.feedback.marina to study it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ class SignFlip(Attack):
 
 
 class InnerProduct(Attack):
-    """Inner-product manipulation: every attacker sends -epsilon times the honest mean. Source: Xie, Koyejo, Gupta 2019, arXiv:1903.03936."""
+    """Inner-product manipulation: every attacker sends -epsilon times the honest mean.
+
+    Source: Xie, Koyejo, Gupta 2019, arXiv:1903.03936. Small epsilon slows the mean down; epsilon > G/f turns it round.
+    """
 
     name: ClassVar[str] = "ipm"
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mango.compressors import LRQ, LowRank
 from mango.compressors.base import Compressor
 from mango.errors import ConfigError, NonFinite
 from mango.packed import Packed
@@ -65,20 +66,41 @@ class Feedback(ABC):
         self._copies.clear()
 
     def nbytes(self) -> int:
-        """Bytes of every tensor kept between rounds by this object; memories inside compressors are the compressors' own."""
+        """Bytes of every tensor kept between rounds by this object, the compressors' warm bases included."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
-    @abstractmethod
-    def _tensors(self) -> list[Tensor]:
-        """Every tensor kept between rounds."""
-
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers in plain containers; taken between rounds, it resumes bit for bit."""
+        return {
+            "round": self.round,
+            "single": int(self._single),
+            "estimate": [tensor.clone() for tensor in self._estimate],
+            "bases": [[worker, index, columns, basis.clone()] for worker, index, columns, basis in self._bases()],
+        }
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()`` of an object built with the same arguments."""
+        self.round, self._single = state["round"], bool(state["single"])
+        self._estimate = [tensor.clone() for tensor in state["estimate"]]
+        self._sent.clear()
+        self._copies.clear()
+        for worker, index, columns, basis in state["bases"]:
+            compressor = self._copy(worker, index)
+            assert isinstance(compressor, LowRank | LRQ)
+            compressor.directions.warm[(basis.shape[0], columns, basis.device)] = basis.clone()
+
+    def _tensors(self) -> list[Tensor]:
+        """Every tensor kept between rounds."""
+        return [*self._estimate, *(basis for *_, basis in self._bases())]
+
+    def _bases(self) -> list[tuple[int, int, int, Tensor]]:
+        """(worker, tensor, columns of the folded tensor, basis) of every copy whose compressor keeps a warm basis."""
+        return [
+            (worker, index, columns, basis)
+            for (worker, index), compressor in self._copies.items()
+            if isinstance(compressor, LowRank | LRQ)
+            for (_, columns, _), basis in compressor.directions.warm.items()
+        ]
 
     def _opened(self, gradient: Gradient, worker: int) -> list[Tensor]:
         """The gradient's tensors, checked, with the round's message of this worker marked as sent."""

@@ -103,12 +103,10 @@ class EF21(Feedback):
 
     def state_dict(self) -> dict[str, Any]:
         states = {worker: [[t.clone() for t in _stored(s)] for s in kept] for worker, kept in self._states.items()}
-        estimate = [tensor.clone() for tensor in self._estimate]
-        return {"round": self.round, "single": int(self._single), "estimate": estimate, "states": states}
+        return super().state_dict() | {"states": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.round, self._single = state["round"], bool(state["single"])
-        self._estimate = [tensor.clone() for tensor in state["estimate"]]
+        super().load_state_dict(state)
         self._states = {}
         for worker, kept in state["states"].items():
             if self.codec is None:
@@ -121,7 +119,7 @@ class EF21(Feedback):
             self._states[worker] = list(slots)
 
     def _tensors(self) -> list[Tensor]:
-        return [*self._estimate, *(tensor for kept in self._states.values() for s in kept for tensor in _stored(s))]
+        return super()._tensors() + [tensor for kept in self._states.values() for s in kept for tensor in _stored(s)]
 
     def _target(self, worker: int, index: int, gradient: Tensor) -> Tensor:
         """What the worker's state follows: here the gradient itself."""

@@ -105,19 +105,11 @@ class VRMarina(Feedback):
         return self.absorb([self.message(g, b, i) for i, (g, b) in enumerate(zip(gradients, before, strict=True))], attack)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "round": self.round,
-            "single": int(self._single),
-            "estimate": [tensor.clone() for tensor in self._estimate],
-            "dropped": self.aggregator.dropped,
-        }
+        return super().state_dict() | {"dropped": self.aggregator.dropped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.round, self._single, self.aggregator.dropped = state["round"], bool(state["single"]), state["dropped"]
-        self._estimate = [tensor.clone() for tensor in state["estimate"]]
-
-    def _tensors(self) -> list[Tensor]:
-        return list(self._estimate)
+        super().load_state_dict(state)
+        self.aggregator.dropped = state["dropped"]
 
     def _check(self, compressor: Compressor) -> None:
         if not (self.unsafe or compressor.unbiased):

@@ -113,9 +113,8 @@ class LayerStack:
         found = self._diagnose(a, basis, exact, u, old, grads, names) if names else {}
         self._subtract(h, basis, u)  # H - PU
         self.error.keep(h, generator=generator)
-        if self.plan.residual:
-            scale = torch.linalg.vector_norm(adam, dim=-2) / torch.linalg.vector_norm(u, dim=-2).clamp_min(1e-30)  # (layers, n)
-            h.mul_(scale.unsqueeze(-2 if self.rows <= self.cols else -1))
+        if self.plan.residual and self.rank < self.small:
+            h.mul_(self._residual_scale(a, u, adam).unsqueeze(-2 if self.rows <= self.cols else -1))
         else:
             h.zero_()
         self._subtract(h, basis, -adam)  # D
@@ -128,9 +127,18 @@ class LayerStack:
         return found
 
     def _moments(self, u: Tensor, r: Tensor, hyper: Hyper) -> Tensor:
-        """Adam's direction for the factor U (layers, r, n), with the moments carried to the new basis by r (layers, r, r)."""
+        """Adam's direction for the factor U (layers, r, n), with the moments carried to the new basis by r (layers, r, r).
+
+        Row i of r has squared norm c <= 1: that much of the new direction lay in the old span, and the rest has no history. Left at zero,
+        the missing second moment would blow the step up to (1 - beta1) / sqrt(1 - beta2) times its size, as bias correction knows only
+        the age of the state. The rest is taken to have had the present factor all along, so that a wholly new direction (c = 0)
+        steps as Adam's own first step does: its corrected moments are U and U².
+        """
         beta1, beta2 = hyper.betas
         m, v = rotate_moments(r, self.first.read(), self.second_root.read().square())
+        new = (1.0 - r.square().sum(dim=-1, keepdim=True)).clamp_(0.0, 1.0)  # (layers, r, 1)
+        m.addcmul_(new, u, value=1.0 - beta1 ** (hyper.step - 1))
+        v.addcmul_(new, u.square(), value=1.0 - beta2 ** (hyper.step - 1))
         m = m.mul_(beta1).add_(u, alpha=1.0 - beta1)
         v = v.mul_(beta2).addcmul_(u, u, value=1.0 - beta2)
         root = v.sqrt_()
@@ -138,6 +146,17 @@ class LayerStack:
         self.second_root.write(root)
         root.div_((1.0 - beta2**hyper.step) ** 0.5).add_(hyper.eps)
         return m.div_(1.0 - beta1**hyper.step).div_(root)
+
+    def _residual_scale(self, left: Tensor, u: Tensor, adam: Tensor) -> Tensor:
+        """Column scales (layers, n) of the residual H - PU (layers, m, n): Fira's ‖A_j‖ / ‖U_j‖, bounded.
+
+        Fira's ratio has no bound where a column of U happens to be small, and Fira then limits the growth of the whole
+        residual from step to step. We bound each column instead: per dimension the residual is never stepped further than the captured
+        part, ‖s_j (H - PU)_j‖ / sqrt(m - r) <= ‖A_j‖ / sqrt(r). That needs no state and does not depend on the scale of a column.
+        """
+        per_dimension = (self.rank / (self.small - self.rank)) ** 0.5 * torch.linalg.vector_norm(left, dim=-2)
+        bound = torch.maximum(torch.linalg.vector_norm(u, dim=-2), per_dimension)
+        return torch.linalg.vector_norm(adam, dim=-2) / bound.clamp_min(torch.finfo(torch.float32).tiny)
 
     def _subtract(self, h: Tensor, basis: Tensor, factor: Tensor) -> None:
         """h (layers, rows, cols) -= basis @ factor, in the orientation of h."""

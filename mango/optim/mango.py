@@ -30,9 +30,9 @@ class Mango(torch.optim.Optimizer):
         P &= \mathrm{orth}(H H^\top [P', S])         && \text{one warm power step, } S \text{ fresh Gaussian scouts} \\
         U &= P^\top H, \quad R = P^\top P'          && (r, n), (r, r) \\
         M &= \beta_1 R M + (1-\beta_1) U, \quad
-        V = \beta_2 (R \circ R) V + (1-\beta_2) U \circ U \\
+        V = \beta_2 (R \circ R) V + (1-\beta_2) U \circ U && \text{rows new to the basis start from U} \\
         A &= \hat M / (\sqrt{\hat V} + \epsilon) \\
-        D &= P A + (H - P U)\,\mathrm{diag}(\|A_{:j}\| / \|U_{:j}\|) && \text{residual direction, Fira} \\
+        D &= P A + (H - P U)\,\mathrm{diag}(\|A_{:j}\| / \|U_{:j}\|) && \text{residual direction, its scales bounded} \\
         E &= H - P U                                && \text{kept as the plan says} \\
         W &\leftarrow (1 - \eta\lambda) W - \eta D
 

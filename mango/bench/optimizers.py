@@ -1,0 +1,100 @@
+"""``mango bench optimizers``: step time and state bytes beside peers', on twelve matrices and random gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mango import optim
+from mango.bench.timing import paired
+from mango.errors import ConfigError
+from mango.subspace import gaussian
+
+SHAPES = ((1024, 1024),) * 4 + ((4096, 1024),) * 4 + ((1024, 4096),) * 4  # 37.7 million values: four blocks of width 1024
+BASE = "adamw"  # the ratio's denominator
+
+Row = dict[str, str | float | int]
+
+
+def candidates(rank: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Row -> (optimizer of the registry, options)."""
+    return {
+        "adamw": ("adamw", {}),
+        f"mango rank {rank}": ("mango", {"plan": {"rank": rank}}),
+        f"mango rank {rank}, no error": ("mango", {"plan": {"rank": rank, "error": "none"}}),
+        f"mango rank {max(1, rank // 4)}": ("mango", {"plan": {"rank": max(1, rank // 4)}}),
+        "adafactor": ("adafactor", {}),
+        "adamw8bit": ("adamw8bit", {}),
+        f"galore rank {rank}": ("galore", {"rank": rank, "update_proj_gap": 200}),
+        "muon": ("muon", {}),
+    }
+
+
+def run(
+    rank: int = 128,
+    repeats: int = 5,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    names: Sequence[str] | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """One row for each optimizer: the candidates take turns on weights and gradients of their own memory.
+
+    The first step of each, where GaLore computes its SVDs and everybody allocates, is timed by itself.
+
+    Args:
+        rank: for the methods that have one; Mango is also run at a quarter of it.
+        repeats: steps that are timed.
+        shapes: of the weight matrices.
+        names: rows to run, of ``candidates``; None = all. "adamw" is always run.
+        device: where.
+        progress: told the name of what is being prepared.
+
+    Returns:
+        Rows with name, ratio (median of paired step times over fused AdamW's), median_ms, worst_ms, first_ms, bytes_per_parameter.
+
+    Raises:
+        ConfigError: for an unknown row or a rank that does not fit the shapes.
+    """
+    known = candidates(rank)
+    for name in names or ():
+        if name not in known:
+            raise ConfigError.of("names", name, "one of " + ", ".join(known))
+    chosen = {name: known[name] for name in known if names is None or name in names or name == BASE}
+    gradients = [gaussian(shape, (index,), device) for index, shape in enumerate(shapes)]
+    values = sum(gradient.numel() for gradient in gradients)
+    steps: dict[str, Callable[[], object]] = {}
+    first: dict[str, float] = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for name, (method, options) in chosen.items():
+        if progress is not None:
+            progress(name)
+        optimizers[name] = _optimizer(method, gradients, options)
+        steps[name] = optimizers[name].step
+        first[name] = paired({name: steps[name]}, repeats=1, warmup=0).worst(name)
+    if progress is not None:
+        progress("timing")
+    times = paired(steps, repeats=repeats, warmup=1)
+    return [
+        {
+            "name": name,
+            "ratio": times.ratio(name, BASE),
+            "median_ms": 1e3 * times.median(name),
+            "worst_ms": 1e3 * times.worst(name),
+            "first_ms": 1e3 * first[name],
+            "bytes_per_parameter": optim.state_nbytes(optimizers[name]) / values,
+        }
+        for name in chosen
+    ]
+
+
+def _optimizer(method: str, gradients: Sequence[Tensor], options: Mapping[str, Any]) -> torch.optim.Optimizer:
+    named = []
+    for index, gradient in enumerate(gradients):
+        param = nn.Parameter(torch.zeros_like(gradient))
+        param.grad = gradient
+        named.append((f"matrix {index}", param))
+    return optim.build(method, named, lr=1e-3, **options)
