@@ -1,13 +1,30 @@
 """mango: train large models in little memory with low-rank, quantised gradients and certified bounds.
 
-``import mango`` needs torch and numpy alone; everything else is an extra, imported where it is used.
+``import mango`` needs torch and numpy alone; everything else is an extra, imported where it is used. Names are imported on first use (PEP 562), so that
+``mango --help`` does not wait for torch.
 """
 
-from mango import codecs, compressors, errors, feedback, optim
-from mango.optim.mango import Mango
-from mango.optim.plan import LayerPlan
-from mango.subspace import Subspace, orthonormalize
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mango import codecs, compressors, errors, feedback, optim
+    from mango.optim.mango import Mango
+    from mango.optim.plan import LayerPlan
+    from mango.subspace import Subspace, orthonormalize
 
 __version__ = "0.1.0"
 
 __all__ = ["LayerPlan", "Mango", "Subspace", "codecs", "compressors", "errors", "feedback", "optim", "orthonormalize"]
+
+_HOME = {"Mango": "mango.optim.mango", "LayerPlan": "mango.optim.plan", "Subspace": "mango.subspace", "orthonormalize": "mango.subspace"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'mango' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name) if name in _HOME else import_module(f"mango.{name}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

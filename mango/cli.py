@@ -156,7 +156,7 @@ def _data_verify(options: argparse.Namespace) -> int:
 
     for name in options.name or data.NAMES:
         with _Bars(enabled=True) as bars:
-            loaded = data.load(name, progress=lambda done, bars=bars: bars.update("images decoded", done, 0))
+            loaded = data.load(name, progress=bars.decoded)
         found = loaded.identity()
         print(f"{name}: {found['title']} ({found['source']}), {found['train']} + {found['test']} images, sha256 {found['fingerprint']}")
     return 0
@@ -218,6 +218,9 @@ class _Bars:
             tqdm: Callable[..., Any] = require("tqdm", extra="experiments", purpose="progress bars").tqdm
             self.kind, self.bar = kind, tqdm(total=total or None, desc=kind, unit="", dynamic_ncols=True, leave=False)
         self.bar.update(done - self.bar.n)
+
+    def decoded(self, images: int) -> None:
+        self.update("images decoded", images, 0)
 
     def close(self) -> None:
         if self.bar is not None:

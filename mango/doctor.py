@@ -106,7 +106,7 @@ def _extras() -> Iterator[Finding]:
     for extra, modules in EXTRAS.items():
         for module, package in modules.items():
             if find_spec(module) is None:
-                yield Finding(f"extra {extra}", package, False, "not installed", f"pip install 'mango-lrq[{extra}]'")
+                yield Finding(f"extra {extra}", package, False, "not installed", f"pip install '.[{extra}]'")
                 continue
             yield Finding(f"extra {extra}", package, *_import_check(module, package))
 

@@ -28,7 +28,7 @@ class MissingExtra(MangoError, ImportError):
 
     @classmethod
     def of(cls, package: str, extra: str, purpose: str) -> MissingExtra:
-        return cls(f"{purpose} needs {package}, which is not installed: pip install 'mango[{extra}]'")
+        return cls(f"{purpose} needs {package}, which is not installed; in mango's checkout: pip install '.[{extra}]'")
 
 
 class NonFinite(MangoError, ArithmeticError):

@@ -31,7 +31,7 @@ TIERS = ("smoke", "laptop", "long", "gpu")  # weakest first
 
 
 def locate(results: str | Path) -> Path:
-    """The results folder: seen from the working directory (papermill), or else from the repository's root (Jupyter starts in notebooks/)."""
+    """The results folder: seen from the working directory (papermill), or else from the repository's root (Jupyter's is notebooks/)."""
     path = Path(results)
     return path.resolve() if path.is_absolute() or path.is_dir() else REPOSITORY / path
 

@@ -237,7 +237,7 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in ("sympy", "numpy") else object())
     text = doctor.text(doctor.examine())
     assert "MISSING numpy" in text
-    assert "pip install 'mango-lrq[theory]'" in text
+    assert "pip install '.[theory]'" in text
     assert "apt-get install texlive" in text
     assert text.endswith("The core is not complete: see MISSING above.")
 

@@ -190,9 +190,16 @@ def test_damaged_batches_are_named(tmp_path: Path, damage: str) -> None:
         data.load("cifar10")
 
 
-def test_a_missing_split_is_named(tmp_path: Path) -> None:
-    (tmp_path / "data" / "cifar10" / "train").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"test is missing: expected cifar10/\{train,test\}|the dataset has no"):
+def test_a_missing_or_empty_split_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "cifar10"
+    (folder / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"cifar10/train holds no images: expected cifar10/\{train,test\}"):
+        data.load("cifar10")
+    Image.new("RGB", (32, 32)).save(folder / "train" / "cat" / "0.png")
+    with pytest.raises(DataError, match="cifar10/test is missing: expected"):
+        data.load("cifar10")
+    (folder / "test").mkdir()
+    with pytest.raises(DataError, match="cifar10/test holds no images"):
         data.load("cifar10")
 
 

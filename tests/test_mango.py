@@ -325,7 +325,7 @@ def test_non_finite_gradients_are_refused_before_anything_changes(bad: float) ->
     state = {key: value.clone() for key, value in optimizer.state[fine].items() if isinstance(value, Tensor)}
     spoilt = grad.clone()
     spoilt[3, 5] = bad
-    with pytest.raises(NonFinite, match="the gradient of layers.3.weight, bias holds NaN or infinity"):
+    with pytest.raises(NonFinite, match=r"the gradient of layers.3.weight, bias holds NaN or infinity"):
         push(optimizer, [(fine, grad), (broken, spoilt), (small, torch.full((7,), bad))])
     assert all(torch.equal(one, two) for one, two in zip(before, (fine, broken, small), strict=True))
     assert all(torch.equal(value, optimizer.state[fine][key]) for key, value in state.items())
@@ -396,7 +396,7 @@ def test_rank_rule() -> None:
 
 def test_a_group_that_is_refused_is_not_added() -> None:
     optimizer = Mango([("w", matrix())])
-    with pytest.raises(ConfigError, match="plan.rank = 65"):
+    with pytest.raises(ConfigError, match=r"plan.rank = 65"):
         optimizer.add_param_group({"params": [("v", matrix(seed=1))], "plan": {"rank": 65}})
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [("v", matrix(seed=1))], "plan": {"rank": 4}, "lr": 0.5})

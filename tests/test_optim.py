@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -287,7 +288,7 @@ def test_galore_keeps_its_habit() -> None:
         train(optimizer, named, 1)
         bases.append(next(iter(optimizer.members[0].state.values()))["projector"].ortho_matrix.clone())
     assert bases[0].shape == (64, 4)
-    changed = [not torch.equal(one, two) for one, two in zip(bases, bases[1:], strict=False)]
+    changed = [not torch.equal(one, two) for one, two in pairwise(bases)]
     assert changed == [False, False, True, False, False, True]
 
 

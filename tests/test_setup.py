@@ -13,6 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from mango import doctor
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
 
@@ -103,3 +105,11 @@ def test_setup_as_root_installs_latex_with_apt_and_reports_its_failure(tmp_path:
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "logs/setup-latex.log" in done.stderr
     assert "texlive-latex-extra" in calls.read_text() and "--no-install-recommends" in calls.read_text()
     assert not (tmp_path / "tree/.venv/.setup").exists(), "a failed set-up leaves no stamp"
+
+
+def test_the_same_latex_packages_are_named_everywhere() -> None:
+    """By the set-up, the image and ``mango doctor``."""
+    script = (ROOT / "workflow/scripts/setup.sh").read_text()
+    (line,) = re.findall(r'^TEX_PACKAGES="(.*)"$', script, re.MULTILINE)
+    assert line == doctor.TEX_PACKAGES
+    assert line in (ROOT / "Dockerfile").read_text()

@@ -24,7 +24,7 @@ from mango.policy import scalarize
 from theory import THEOREMS, Case, Check, Step, Theorem, search
 from theory.__main__ import main
 from theory.algebra import everywhere, identity, letters, nonnegative, transpose, words
-from theory.t1_codebook import DYNAMIC, NF4, contraction
+from theory.codebooks import DYNAMIC, NF4, contraction
 
 pytestmark = pytest.mark.xdist_group("theory")
 
@@ -224,7 +224,7 @@ def test_whole_run_fits_two_cores(run: dict[str, Any]) -> None:
     assert run["cpu"] / 2 < 240, "processor seconds of two cores"
 
 
-@pytest.mark.parametrize("name", ["T1", "T2", "T3", "T8", "T9"])
+@pytest.mark.parametrize("name", ["T2", "T3", "T8"])  # the others: test_holds_for_other_seeds
 def test_same_seed_same_numbers(name: str, run: dict[str, Any]) -> None:
     check = THEOREMS.load(name).check(0)
     again = {case.name: case.measured for case in (*check.cases, check.control)}
@@ -297,7 +297,7 @@ def test_unwritable_folder_is_refused_before_the_work(tmp_path: Path, capsys: py
 def test_absent_solver_is_a_missing_extra() -> None:
     code = "import sys; sys.modules['PEPit'] = None; from theory.__main__ import main; sys.exit(main(['--only', 'T9']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "mango[theory]" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and ".[theory]" in done.stderr
 
 
 def test_scalarisations_refuse_bad_input() -> None:

@@ -22,7 +22,7 @@ def differentiated(task: Logistic | ThreeWorkers, x: Tensor) -> Tensor:
     else:
         margins = task.labels * (task.features @ point)
         value = torch.nn.functional.softplus(-margins).mean() + task.lam * (point**2 / (1 + point**2)).sum()
-    assert float(value) == pytest.approx(task.value(x), rel=1e-12)
+    assert value.item() == pytest.approx(task.value(x), rel=1e-12)
     (gradient,) = torch.autograd.grad(value, point)
     return gradient
 
@@ -36,7 +36,7 @@ def test_gradients_are_autograds(task: Logistic | ThreeWorkers) -> None:
 def test_logistic_task_is_the_real_data() -> None:
     task = breast_cancer()
     assert task.features.shape == (8, 71, 30) and set(task.labels.unique().tolist()) == {-1.0, 1.0}
-    assert breast_cancer(homogeneous=True).L == pytest.approx(task.L, rel=1e-9)
+    assert pytest.approx(task.L, rel=1e-9) == breast_cancer(homogeneous=True).L
     assert task.L <= task.L_tilde <= max(task.L_workers)
     assert 0 < task.infimum < task.value(torch.zeros(30, dtype=torch.float64))
     whole = torch.arange(71).expand(8, -1)
@@ -144,4 +144,4 @@ def test_nan_run_is_reported_as_diverged() -> None:
     run = byzantine.run(aggregators.Mean(), attacks.NaN(2), 0)
     assert run.diverged and run.outcome >= byzantine.CEILING
     robust = byzantine.run(aggregators.CoordinateMedian(), attacks.NaN(2), 0)
-    assert robust.dropped == 2 * (byzantine.STEPS + 0)
+    assert robust.dropped == 2 * byzantine.STEPS

@@ -110,7 +110,7 @@ def test_the_exported_schema_accepts_shipped_tiers_and_rejects_an_unknown_key(pa
         ("steps: 16", "steps: 16.5", "experiments.digits.train.steps = 16.5 is not legal: integer"),
         ("warmup: 2", "warmup: 16", "experiments.digits.train.warmup = 16 is not legal: fewer than the 16 steps"),
         ("name: resnet,", "name: vgg,", "experiments.digits.model.name = 'vgg' is not legal: one of 'resnet', 'resnet18'"),
-        ("stem: patch2", "stem: patch3", "experiments.digits.model.stem = 'patch3' is not legal: 'conv' or 'patch2'"),
+        ("stem: patch2", "stem: patch3", "experiments.digits.model.stem = 'patch3' is not legal: 'conv', 'patch2'"),
         ("blocks: [1, 1]", "blocks: [1, 0]", "experiments.digits.model.blocks.1 = 0 is not legal"),
         (
             "width: 16",

@@ -56,14 +56,15 @@ def proof() -> list[Step]:
         ),
         nonnegative(
             r"(3) Geometric median $z$: $\sum_i\|x_i-z\|\le\sum_i\|x_i-\bar x\|$ and the triangle inequality give "
-            r"$G\|z-\bar x\|-\sum_{\rm good}+\sum_{\rm bad}-\nu\|z-\bar x\|\le\sum_{\rm good}+\sum_{\rm bad}$ of $\|x_i-\bar x\|$, so "
-            r"$(G-\nu)\|z-\bar x\|\le2\sum_{\rm good}\|x_i-\bar x\|\le2G\sqrt v$ and $\kappa=\frac{4G^2}{(G-\nu)^2}$.",
+            r"$G\|z-\bar x\|-\sum_{\text{good}}+\sum_{\text{bad}}-\nu\|z-\bar x\|\le\sum_{\text{good}}+\sum_{\text{bad}}$ of $\|x_i-\bar "
+            r"x\|$, so "
+            r"$(G-\nu)\|z-\bar x\|\le2\sum_{\text{good}}\|x_i-\bar x\|\le2G\sqrt v$ and $\kappa=\frac{4G^2}{(G-\nu)^2}$.",
             2 * (f + m) * far
             - (sp.solve((f + m) * dist - (f + m) * far + hostile - f * dist + x1 - ((f + m) * far + hostile), dist)[0]) * m,
             [x1],
         ),
         nonnegative(
-            r"(3) Krum: an honest score is at most $\sum_{l\,\rm good}\|x_i-x_l\|^2$, whose mean over the good is $2Gv$; so the chosen "
+            r"(3) Krum: an honest score is at most $\sum_{l\,\text{good}}\|x_i-x_l\|^2$, whose mean over the good is $2Gv$; so the chosen "
             r"$x$ has at least "
             r"$m=n-2\nu$ good among its $n-\nu$ nearest, $H$, with $\sum_H\|x-x_l\|^2\le2Gv$, hence $\|x-\bar x_H\|^2\le\frac{2G}mv$ "
             r"(Jensen), and "
@@ -73,14 +74,14 @@ def proof() -> list[Step]:
             [x1],
         ),
         identity(
-            r"(3) where $\frac1G\sum_{i,l\,\rm good}\|x_i-x_l\|^2=2Gv$ (in $S_1=\sum x_i$, $S_2=\sum\|x_i\|^2$).",
+            r"(3) where $\frac1G\sum_{i,l\,\text{good}}\|x_i-x_l\|^2=2Gv$ (in $S_1=\sum x_i$, $S_2=\sum\|x_i\|^2$).",
             (2 * m * x2 - 2 * x1**2) / m,
             2 * m * (x2 / m - (x1 / m) ** 2),
         ),
         nonnegative(
             r"(3) Clipping from the median $z$ at the median distance $\tau$: $\|\hat x-z\|\le\tau$, and at least $h=n-\lceil "
             r"n/2\rceil+1-\nu$ good "
-            r"messages are at distance $\ge\tau$ from $z$, so $h\tau^2\le\sum_{\rm good}\|x_i-z\|^2=G(v+\|z-\bar x\|^2)\le "
+            r"messages are at distance $\ge\tau$ from $z$, so $h\tau^2\le\sum_{\text{good}}\|x_i-z\|^2=G(v+\|z-\bar x\|^2)\le "
             r"G(1+\kappa_z)v$: "
             r"$\kappa=\bigl(\sqrt{\kappa_z}+\sqrt{G(1+\kappa_z)/h}\bigr)^2$.",
             m * (1 + ka) * v - (m * (v + ka * v - x1) - x2),

@@ -24,7 +24,7 @@ from mango import codecs, compressors
 from theory import search
 from theory.algebra import everywhere, identity, letters, nonnegative, transpose, words
 from theory.base import Case, Check, Step, Theorem
-from theory.t1_codebook import FP4, NF4, worst_case
+from theory.codebooks import FP4, NF4, worst_case
 
 STATEMENT = r"""
 Let $V\in\mathbb{R}^{n\times k}$ have orthonormal columns \emph{as used}, $Y=GV$, and let $q$ be $\alpha_q$-contractive. Then
@@ -247,7 +247,7 @@ THEOREM = Theorem(
     statement=STATEMENT,
     source="derived here",
     tight=True,
-    modules=("mango.compressors.lrq", "mango.compressors.lowrank", "mango.subspace", "mango.codecs"),
+    modules=("mango.compressors.lrq", "mango.subspace", "mango.codecs.nf4", "mango.codecs.fp4", "mango.codecs.cast"),
     proof=proof,
     check=check,
 )

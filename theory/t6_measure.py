@@ -17,7 +17,7 @@ from mango.feedback.attacks import Attack
 from mango.packed import Packed
 from theory import aggregation, byzantine
 from theory.base import Case, Check
-from theory.problems import breast_cancer, finite_sum
+from theory.problems import Logistic, breast_cancer, finite_sum
 
 SEEDS = 3  # runs of which the rates' expectations are means
 STEPS = 120
@@ -27,7 +27,7 @@ POINTS = 100
 def check(seed: int) -> Check:
     hostile, failures, curves = byzantine.measure(seed)
     rate_cases, rate_curves = _rates(seed)
-    cases = (*_recursions(seed), *rate_cases, *aggregation.measure(seed), *hostile)
+    cases = (*_recursions(seed), *rate_cases, _robust_rate(seed), *aggregation.measure(seed), *hostile)
     controls = [_biased(seed), *failures]
     least = min(control.measured / control.bound for control in controls)
     data = {
@@ -185,6 +185,34 @@ def _run(operator: compressors.Compressor, gamma: float, p: float, batch: int, s
         assert isinstance(estimate, Tensor)
         before, x = x, x - gamma * estimate
     return squared
+
+
+def _robust_rate(seed: int) -> Case:
+    """Bound (2) on the dealt logistic task (zeta > 0), exact gradients, 2 of 8 workers hostile; L+-^2 <= L_tilde^2."""
+    everyone, p, hostile = breast_cancer(), 0.5, 2
+    good = everyone.workers - hostile
+    honest = Logistic(everyone.features[:good], everyone.labels[:good], everyone.lam)
+    operator, trimmed, attack = compressors.RandK(k=15), aggregators.TrimmedMean(delta=0.25), attacks.LittleIsEnough(hostile, z=1.5)
+    omega, certificate = operator.omega((everyone.dim,), torch.float64), trimmed.certificate(everyone.workers)
+    assert omega is not None and certificate is not None
+    c_delta = certificate[0] * certificate[1]
+    gamma = 1 / (honest.L + rates.byzantine(omega, p, good, c_delta, honest.L_tilde, 0.0, honest.L_tilde**2) ** 0.5)
+    zero = torch.zeros(everyone.dim, dtype=torch.float64)
+    total, zeta2, e0 = 0.0, 0.0, 0.0
+    for s in range(SEEDS):
+        method, x, before = ByzVRMarina(operator, p, trimmed, seed=seed * SEEDS + s), zero, zero
+        for step in range(STEPS):
+            rows = everyone.gradients(x)
+            mean = rows[:good].mean(0)
+            total += float(mean.square().sum()) / (SEEDS * STEPS)
+            zeta2 = max(zeta2, float((rows[:good] - mean).square().sum(1).mean()))
+            estimate = method.step(list(rows), list(everyone.gradients(before)), attack=attack)
+            assert isinstance(estimate, Tensor)
+            e0 += 0.0 if step else float((estimate - mean).square().sum()) / SEEDS
+            before, x = x, x - gamma * estimate
+    excess = honest.value(zero) - honest.infimum
+    bound = 2 * excess / (gamma * STEPS) + 2 * e0 / (p * STEPS) + 4 * good / (good - 1) * c_delta * zeta2
+    return Case("mean |grad f|^2, Byz-VR-MARINA, trimmed under alie (z = 1.5), dealt data", bound, total)
 
 
 def _biased(seed: int) -> Case:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mango.codecs.base import TINY, Codec, admit, buffers, deliver, numel, parts, roundoff, size, target
-from mango.codecs.bits import pack, uniform
+from mango.codecs.bits import add_uniform, pack
 from mango.codecs.codebook import check_block
 from mango.errors import NonFinite
 from mango.packed import Packed
@@ -83,8 +83,8 @@ class Affine(Codec):
             v = values.sub(zero).div_(step)  # (groups, width) in [0, L]
             if flat.dtype in (torch.float16, torch.bfloat16):
                 v = self._as_decoded(values, v, zero, scale, flat.dtype)
-            v.add_(uniform(hi - lo, flat.device, generator).view(-1, width)).clamp_(0, 2**self.bits - 1)
-            into["codes"][lo * self.bits // 8 : -(-hi * self.bits // 8)] = pack(v.view(-1).to(torch.int8).view(torch.uint8), self.bits)
+            codes = add_uniform(v, generator).clamp_(0, 2**self.bits - 1).view(-1).to(torch.int8).view(torch.uint8)
+            pack(codes, self.bits, into["codes"][lo * self.bits // 8 : -(-hi * self.bits // 8)])
         return Packed(self.name, x.shape, x.dtype, into, {"block": self.block})
 
     def decode(self, packed: Packed, *, out: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from mango.errors import ConfigError
 from mango.packed import Packed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CPU_PART = (1 << 15) - 1
 TINY = 1e-38  # a block whose largest magnitude is not above this decodes to zeros: 1 / absmax leaves the range of float32 there
 
 
@@ -83,8 +84,12 @@ class Part(NamedTuple):
 
 
 def parts(n: int, block: int, device: torch.device) -> Iterator[Part]:
-    """Cuts n values into parts. A GPU has no cache to respect, only scratch memory to bound."""
-    step = max(1, (1 << 17 if device.type == "cpu" else 1 << 26) // block) * block
+    """Cuts n values into parts. A GPU has no cache to respect, only scratch memory to bound.
+
+    On a CPU a part stays below the 32768 values from which torch splits an operation between threads: the table look-up that dominates is never
+    split, the other operations gain nothing at a size that fits the cache, and their barriers cost seconds where the processor is shared.
+    """
+    step = max(1, (CPU_PART if device.type == "cpu" else 1 << 26) // block) * block
     full = n - n % block
     for lo in range(0, full, step):
         hi = min(lo + step, full)

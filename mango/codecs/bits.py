@@ -7,20 +7,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
+WORD = {4: torch.int16, 2: torch.int32, 1: torch.int64}  # holds the codes of one byte, a byte each
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below 2^bits, uint8 (n,), to bytes (ceil(n bits / 8),), the first code in the uppermost bits; zeros fill the last byte.
 
-    A run of codes that shares a byte is read as one integer (the first code is its lowest byte) and folded with shifts.
+def pack(codes: Tensor, bits: int, out: Tensor) -> None:
+    """Writes codes below 2^bits, uint8 (n,), into bytes (ceil(n bits / 8),), the first in the uppermost bits; zeros fill the last byte.
+
+    The codes of one byte are read as one integer whose lowest byte is the first code. One product moves each code to its place in the
+    uppermost byte: code i by (8 + bits) (each - 1 - i) bits, and no two terms of the product overlap.
     """
     each = 8 // bits
     if codes.numel() % each:
         codes = torch.cat([codes, codes.new_zeros(each - codes.numel() % each)])
-    word = codes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[each])
-    packed = word >> (8 * (each - 1))
-    for i in range(each - 1):
-        packed |= word >> (8 * i) << (8 - bits * (i + 1))
-    return packed.to(torch.uint8)
+    factor = sum(1 << (8 + bits) * i for i in range(each))
+    signed = factor - (1 << 64) if factor >> 63 else factor
+    out.copy_((codes.view(WORD[bits]) * signed).bitwise_right_shift_(8 * (each - 1)))  # the copy keeps the lowest byte
 
 
 @cache
@@ -29,7 +30,7 @@ def _unpack_table(bits: int, device: torch.device) -> Tensor:
     each = 8 // bits
     byte = torch.arange(256, device=device).unsqueeze(1)
     codes = (byte >> (8 - bits * torch.arange(1, each + 1, device=device))) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[each]).view(-1)
+    return codes.to(torch.uint8).view(WORD[bits]).view(-1)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -37,11 +38,12 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return _unpack_table(bits, packed.device).index_select(0, packed.to(torch.int32)).view(torch.uint8)[:n]
 
 
-def uniform(n: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """n independent values of (i + 1/2) / 65536, float32 (n,).
+def add_uniform(v: Tensor, generator: torch.Generator | None) -> Tensor:
+    """v + (i + 1/2) / 65536 in place, i an independent draw from 0..65535 for each value.
 
-    Four come out of one 64-bit draw, because drawing is most of the cost of stochastic rounding.
+    Four draws come out of one 64-bit number, because drawing is most of the cost of stochastic rounding.
     """
-    words = torch.empty(-(-n // 4), dtype=torch.int64, device=device)
+    words = torch.empty(-(-v.numel() // 4), dtype=torch.int64, device=v.device)
     words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[:n].to(torch.float32).add_(32768.5).mul_(2.0**-16)
+    draw = words.view(torch.int16)[: v.numel()].view_as(v).to(torch.float32)  # from -32768
+    return v.add_(draw, alpha=2.0**-16).add_(32768.5 * 2.0**-16)

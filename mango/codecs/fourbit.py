@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mango.codecs.base import TINY, parts, roundoff
-from mango.codecs.bits import pack, uniform
+from mango.codecs.bits import add_uniform, pack
 from mango.codecs.codebook import AbsmaxCodec, worst_error, worst_variance
 from mango.errors import ConfigError
 
@@ -24,14 +24,16 @@ class Bins(NamedTuple):
     """
 
     k: int
-    threshold: Tensor  # (2K + 1,) float32, +inf where the bin has none
-    code: Tensor  # (2 (2K + 1),) uint8: of the lower and the upper side of each bin
+    offset: Tensor  # () float32, K + 3/2: bins count from 1
+    threshold: Tensor  # (2K + 2,) float32: the least value on the upper side of each bin, +inf where all of the bin is one side
+    code: Tensor  # (2 (2K + 2),) uint8: codes of the lower and the upper side of bin b at 2b - 1 and 2b
 
     def find(self, v: Tensor) -> Tensor:
         """The codes of v, uint8, (n,)."""
-        bins = v.mul(self.k).add_(self.k + 0.5).to(torch.int32)
-        above = self.threshold.index_select(0, bins).sub_(v).view(torch.int32).bitwise_right_shift_(31)  # -1 where v > threshold
-        return self.code.index_select(0, bins.mul_(2).sub_(above))
+        bins = torch.add(self.offset, v, alpha=self.k).to(torch.int32)
+        edge = self.threshold.index_select(0, bins)
+        side = torch.sub(v, edge, out=edge).view(torch.int32).bitwise_right_shift_(31)  # the sign: -1 on the lower side, else 0
+        return self.code.index_select(0, side.add_(bins, alpha=2))
 
 
 def _bins(thresholds: Sequence[float], codes: Sequence[int], device: torch.device) -> Bins:
@@ -44,13 +46,14 @@ def _bins(thresholds: Sequence[float], codes: Sequence[int], device: torch.devic
         if apart and len(set(home)) == len(home):
             break
         k *= 2
-    threshold, code, passed = [], [], 0
+    edge, code, passed = [inf], [0], 0
     for b in range(2 * k + 1):
         inside = passed < len(home) and home[passed] == b
-        threshold.append(thresholds[passed] if inside else inf)
+        edge.append(thresholds[passed] if inside else inf)
         code += [codes[passed], codes[passed + inside]]
         passed += inside
-    return Bins(k, torch.tensor(threshold, dtype=torch.float32, device=device), torch.tensor(code, dtype=torch.uint8, device=device))
+    upper = torch.nextafter(torch.tensor(edge, dtype=torch.float32), torch.tensor(inf))  # equality goes to the lower side
+    return Bins(k, torch.tensor(k + 1.5, device=device), upper.to(device), torch.tensor(code, dtype=torch.uint8, device=device))
 
 
 @cache
@@ -135,7 +138,7 @@ class FourBit(AbsmaxCodec):
                 found = _nearest(self.levels, v.device).find(v.view(-1))
             if (hi - lo) % 2:  # the value that fills the last byte is 0
                 found = torch.cat([found, _nearest(self.levels, x.device).find(x.new_zeros(1))])
-            codes[lo // 2 : (hi + 1) // 2] = pack(found, 4)
+            pack(found, 4, codes[lo // 2 : (hi + 1) // 2])
 
     def _draw(self, x: Tensor, scale: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
         """Unbiased rounding between the two levels around each value *as they will be decoded*, so that rounding to dtype adds no bias."""
@@ -145,7 +148,7 @@ class FourBit(AbsmaxCodec):
         below = (gaps.level.index_select(0, lower).view_as(x) * scale).to(dtype).to(torch.float32)
         above = (gaps.level.index_select(0, lower + 1).view_as(x) * scale).to(dtype).to(torch.float32)
         up = x.sub(below).div_(above.sub_(below)).nan_to_num_(nan=0.0).clamp_(0.0, 1.0).view(-1)
-        up.add_(uniform(up.numel(), x.device, generator))  # at least 1 with the probability that up had
+        add_uniform(up, generator)  # at least 1 with the probability that up had
         return gaps.code.index_select(0, lower.add_(up.to(torch.int32)))
 
     def _lookup(self, codes: Tensor, n: int) -> Tensor:

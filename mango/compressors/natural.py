@@ -33,7 +33,9 @@ class Natural(Compressor):
         magnitude = values.view(torch.int32) & 0x7FFFFFFF
         fraction = torch.empty_like(magnitude).random_(0, 1 << 23, generator=generator)
         exponents = magnitude.add_(fraction).bitwise_right_shift_(23).to(torch.uint8)
-        return Packed(self.name, x.shape, x.dtype, {"exponents": exponents, "signs": pack(torch.signbit(values).view(torch.uint8), 1)})
+        signs = torch.empty(-(-values.numel() // 8), dtype=torch.uint8, device=x.device)
+        pack(torch.signbit(values).view(torch.uint8), 1, signs)
+        return Packed(self.name, x.shape, x.dtype, {"exponents": exponents, "signs": signs})
 
     def decompress(self, packed: Packed) -> Tensor:
         self.check_kind(packed)

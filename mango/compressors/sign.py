@@ -25,8 +25,9 @@ class Sign(Compressor):
     def compress(self, x: Tensor, *, generator: torch.Generator | None = None, name: str = "tensor") -> Packed:
         flat = flat_values(x, generator, name)
         mean = flat.abs().mean(dtype=torch.float64) if flat.numel() else torch.zeros((), dtype=torch.float64, device=x.device)
-        bits = pack((~torch.signbit(flat)).view(torch.uint8), 1)
-        return Packed(self.name, x.shape, x.dtype, {"signs": bits, "mean": mean.to(torch.float32).view(1)})
+        signs = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8, device=x.device)
+        pack((~torch.signbit(flat)).view(torch.uint8), 1, signs)
+        return Packed(self.name, x.shape, x.dtype, {"signs": signs, "mean": mean.to(torch.float32).view(1)})
 
     def decompress(self, packed: Packed) -> Tensor:
         self.check_kind(packed)

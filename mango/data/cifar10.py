@@ -49,10 +49,14 @@ class Folders:
         for split in ("train", "test"):
             if not (self.root / split).is_dir():
                 raise DataError(f"{self.root / split} is missing: expected {LEGAL}")
+            empty = True
             for label in sorted(entry.name for entry in os.scandir(self.root / split) if entry.is_dir()):
                 for entry in sorted(os.scandir(self.root / split / label), key=lambda entry: entry.name):
                     if entry.name.lower().endswith(SUFFIXES):
+                        empty = False
                         yield split, label, entry
+            if empty:
+                raise DataError(f"{self.root / split} holds no images: expected {LEGAL}")
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class Feedback(ABC):
         ]
 
     def _opened(self, gradient: Gradient, worker: int) -> list[Tensor]:
-        """The gradient's tensors, checked, with the round's message of this worker marked as sent."""
+        """The gradient's tensors, checked."""
         if worker in self._sent:
             raise ConfigError.of("worker", worker, "one message a round from each worker; absorb the round first")
         tensors = [gradient] if isinstance(gradient, Tensor) else list(gradient)
@@ -112,8 +112,12 @@ class Feedback(ABC):
                 raise ConfigError.of("gradient dtype", str(tensor.dtype), "a real floating-point dtype")
             if not torch.isfinite(tensor).all():
                 raise NonFinite(f"gradient {index} of worker {worker} is not finite in round {self.round}: its message was not sent")
-        self._sent.add(worker)
         return [tensor.detach() for tensor in tensors]
+
+    def _message(self, worker: int, gradient: Gradient, payloads: list[Packed]) -> Message:
+        """Mark the worker's message as sent; it has the gradient's structure: a payload for a tensor, a list for a list."""
+        self._sent.add(worker)
+        return payloads[0] if isinstance(gradient, Tensor) else payloads
 
     def _closed(self) -> Gradient:
         """End the round."""
@@ -145,11 +149,6 @@ class Feedback(ABC):
         if self._estimate and [packed.shape for packed in rows[0]] != [tensor.shape for tensor in self._estimate]:
             raise ConfigError.of("shapes", [tuple(packed.shape) for packed in rows[0]], "those of the earlier rounds")
         return rows
-
-
-def packed_like(gradient: Gradient, payloads: list[Packed]) -> Message:
-    """A message of the gradient's structure: a payload for a tensor, a list for a list."""
-    return payloads[0] if isinstance(gradient, Tensor) else payloads
 
 
 def check_alike(shapes: Sequence[Sequence[torch.Size]]) -> None:

@@ -14,7 +14,7 @@ from mango.codecs.base import Codec
 from mango.compressors.base import Compressor
 from mango.errors import ConfigError
 from mango.feedback import rates
-from mango.feedback.base import Feedback, Gradient, Message, check_gradients, packed_like
+from mango.feedback.base import Feedback, Gradient, Message, check_gradients
 from mango.packed import Packed
 
 
@@ -77,7 +77,7 @@ class EF21(Feedback):
             compressor = self._copy(worker, index)
             payloads.append(compressor.compress(target - state, generator=self._generator(target.device, worker, index)))
         self._advance(worker, states, payloads)
-        return packed_like(gradient, payloads)
+        return self._message(worker, gradient, payloads)
 
     def absorb(self, messages: Sequence[Message]) -> Gradient:
         rows = self._unpacked(messages)

@@ -12,7 +12,7 @@ from mango.compressors import Identity
 from mango.compressors.base import Compressor
 from mango.errors import ConfigError
 from mango.feedback.aggregators import Aggregator, Mean
-from mango.feedback.base import Feedback, Gradient, Message, check_gradients, packed_like
+from mango.feedback.base import Feedback, Gradient, Message, check_gradients
 
 Attack = Callable[[Tensor], Tensor]  # (n, d) messages as the protocol asks -> (n, d) as received
 
@@ -67,7 +67,7 @@ class VRMarina(Feedback):
             NonFinite: the gradient holds NaN or infinity.
         """
         if self.full:
-            return packed_like(gradient, [self._plain.compress(tensor) for tensor in self._opened(gradient, worker)])
+            return self._message(worker, gradient, [self._plain.compress(tensor) for tensor in self._opened(gradient, worker)])
         if previous is None:
             raise ConfigError.of("previous", None, "on a compressed round, the same minibatch's gradient at the point before")
         check_gradients([gradient, previous])
@@ -76,7 +76,7 @@ class VRMarina(Feedback):
             self._copy(worker, index).compress(new - old.detach(), generator=self._generator(new.device, worker, index))
             for index, (new, old) in enumerate(zip(self._opened(gradient, worker), before, strict=True))
         ]
-        return packed_like(gradient, payloads)
+        return self._message(worker, gradient, payloads)
 
     def absorb(self, messages: Sequence[Message], attack: Attack | None = None) -> Gradient:
         """The server's half.

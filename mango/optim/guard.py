@@ -13,40 +13,42 @@ from mango.errors import NonFinite
 class Guard:
     """Checks the gradients of a step.
 
-    On a CPU the check is immediate, and nothing has been changed when it raises. On an accelerator reading the result would stop
-    the queue of kernels: gradients that are not finite are taken as zero instead, and the verdict, copied meanwhile, is raised by
-    the next call.
+    Where reading a result is free (anything but CUDA) the check is immediate, and nothing has been changed when it raises. On CUDA reading
+    would stop the queue of kernels: gradients that are not finite are taken as zero instead, and the verdict, copied meanwhile, is
+    raised by the next call.
     """
 
     def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
+        self._pending: list[tuple[Tensor, torch.cuda.Event, list[str]]] = []
 
     def admit(self, grads: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
         """The gradients to use. Raises: NonFinite, naming the parameters of this call or of the one before."""
         self.settle()
-        if not grads:
-            return []
-        # the norm of a tensor is not finite when one value is not; values above 1e19 can overflow it too, hence the second look
-        norms = torch._foreach_norm(list(grads))
-        if grads[0].device.type == "cpu":
-            if not bool(torch.stack(norms).isfinite().all()):
-                self._refuse([name for name, grad in zip(names, grads, strict=True) if not bool(grad.isfinite().all())])
-            return list(grads)
-        finite = torch.stack([norm.float() for norm in norms]).isfinite()  # (len(grads),)
-        event = torch.cuda.Event()
-        verdict = torch.empty(len(grads), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-        event.record()
-        self._pending = (verdict, event, list(names))
-        return [torch.where(ok, grad, 0.0) for ok, grad in zip(finite.unbind(), grads, strict=True)]
+        admitted = list(grads)
+        for device in dict.fromkeys(grad.device for grad in grads):
+            places = [place for place, grad in enumerate(grads) if grad.device == device]
+            # the norm of a tensor is not finite when one value is not; on CUDA in float32, in which values above 1e19 overflow it too
+            norms = torch._foreach_norm([grads[place] for place in places], dtype=torch.float32)
+            finite = torch.stack(norms).isfinite()  # (len(places),)
+            if device.type == "cuda":
+                verdict = torch.empty(len(places), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(device))
+                self._pending.append((verdict, event, [names[place] for place in places]))
+                for place, ok in zip(places, finite.unbind(), strict=True):
+                    admitted[place] = torch.where(ok, grads[place], 0.0)
+            elif not bool(finite.all()):
+                self._refuse([names[place] for place in places if not bool(grads[place].isfinite().all())])
+        return admitted
 
     def settle(self) -> None:
-        """Raise what the last call on an accelerator found."""
-        if self._pending is None:
-            return
-        verdict, event, names = self._pending
-        self._pending = None
-        event.synchronize()
-        self._refuse([name for name, ok in zip(names, verdict.tolist(), strict=True) if not ok])
+        """Raise what the last call found on CUDA."""
+        pending, self._pending = self._pending, []
+        refused = []
+        for verdict, event, names in pending:
+            event.synchronize()
+            refused += [name for name, ok in zip(names, verdict.tolist(), strict=True) if not ok]
+        self._refuse(refused)
 
     @staticmethod
     def _refuse(names: Sequence[str]) -> None:

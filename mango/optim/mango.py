@@ -58,8 +58,8 @@ class Mango(torch.optim.Optimizer):
     Raises:
         ConfigError: for an option that is not legal, a sparse, complex or integer parameter or gradient, or a state that does not
             fit the plan.
-        NonFinite: when a gradient holds NaN or infinity: before anything was changed (on a CPU), or at the next call (on an
-            accelerator, where the gradient was taken as zero, so that no step waits for the host).
+        NonFinite: when a gradient holds NaN or infinity: before anything was changed, or, on CUDA, at the next call (the gradient
+            was taken as zero, so that no step waits for the host).
 
     >>> weight = torch.nn.Parameter(torch.eye(64))
     >>> optimizer = Mango([("weight", weight)], lr=0.01, plan=LayerPlan(rank=8))

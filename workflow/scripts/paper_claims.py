@@ -42,13 +42,18 @@ def sentences(numbers: Numbers, records: Records, tier: str) -> str:
         "cifar10.peers": peers(numbers),
         "cifar10.ablations": ablations(numbers),
         "cifar10.contraction": contraction(numbers),
-        "cifar10.caption": caption(numbers, "cifar10"),
-        "cifar10.live.caption": caption(numbers, "cifar10.live"),
-        "limitations.scale": r"The runs behind this copy train \val{cifar10.parameters} parameters for \val{cifar10.steps} steps on \val{cifar10.train} images.",
-        "limitations.energy": energy(numbers),
-        "reproducibility.compute": compute(numbers, records),
+        "cifar10.caption": caption("cifar10"),
+        "cifar10.live.caption": caption("cifar10.live"),
+        "limitations.scale": f"These runs train {val('parameters')} parameters for {val('steps')} steps on {val('train')} images.",
+        "limitations.energy": f"Energy of the runs: {val('energy')}.",
+        "reproducibility.compute": compute(records),
     }
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
+
+
+def val(*parts: str, prefix: str = "cifar10") -> str:
+    r"""``\val{cifar10.part.part}``."""
+    return rf"\val{{{'.'.join((prefix, *parts))}}}"
 
 
 # ---------------------------------------------------------------- theory
@@ -57,16 +62,15 @@ def sentences(numbers: Numbers, records: Records, tier: str) -> str:
 def theory(records: Records) -> str:
     if not records:
         return "No theorem was checked in the tier behind this copy."
-    cases = [case for record in records.values() for case in record["cases"]]
-    steps = [step for record in records.values() for step in record["proof"]]
-    held = sum(case["holds"] for case in cases)
-    proved = sum(step["holds"] for step in steps)
-    violated = sum(record["control"]["violated"] for record in records.values())
-    return (
-        rf"In the run behind this copy, {_share(proved, len(steps), 'proof step')} of {_count(len(records), 'theorem')} {_verb(proved, len(steps), 'is', 'are')} "
-        rf"verified, {_share(held, len(cases), 'measured case')} {_verb(held, len(cases), 'lies within its bound', 'lie within their bounds')}, and "
-        rf"{_share(violated, len(records), 'negative control')} {_verb(violated, len(records), 'violates the bound that it must', 'violate the bounds that they must')} violate."
-    )
+    verified = [step["holds"] for record in records.values() for step in record["proof"]]
+    held = [case["holds"] for record in records.values() for case in record["cases"]]
+    violated = [record["control"]["violated"] for record in records.values()]
+    parts = [
+        f"{_share(verified, 'proof step')} of {_count(len(records), 'theorem')} {_verb(verified, 'is', 'are')} verified",
+        f"{_share(held, 'measured case')} {_verb(held, 'lies within its bound', 'lie within their bounds')}",
+        f"and {_share(violated, 'negative control')} {_verb(violated, 'violates its bound', 'violate their bounds')}",
+    ]
+    return f"In the run behind this copy, {', '.join(parts)}."
 
 
 def failures(records: Records) -> str:
@@ -77,16 +81,17 @@ def failures(records: Records) -> str:
 # ---------------------------------------------------------------- image classification
 
 
-def caption(numbers: Numbers, prefix: str) -> str:
-    return rf"Data: \val{{{prefix}.data}}. Records: \val{{{prefix}.tier_label}}. Machine: \val{{{prefix}.machine}}."
+def caption(prefix: str) -> str:
+    data, records, machine = (val(key, prefix=prefix) for key in ("data", "tier_label", "machine"))
+    return f"Data: {data}. Records: {records}. Machine: {machine}."
 
 
 def setup(numbers: Numbers) -> str:
+    seeds = "one seed" if numbers["cifar10.seeds"] == 1 else f"{val('seeds')} seeds"
     return (
-        r"A residual network~\citep{he2016resnet} of \val{cifar10.parameters} parameters is trained for \val{cifar10.steps} steps of \val{cifar10.batch} images "
-        r"on \val{cifar10.train} images and tested on \val{cifar10.test}; \val{cifar10.runs} runs in all, with "
-        + (r"one seed" if numbers["cifar10.seeds"] == 1 else r"\val{cifar10.seeds} seeds")
-        + r" for each variant (records: \val{cifar10.tier_label})."
+        rf"A residual network~\citep{{he2016resnet}} of {val('parameters')} parameters is trained for {val('steps')} steps of "
+        f"{val('batch')} images on {val('train')} images and tested on {val('test')}; {val('runs')} runs in all, with at least "
+        f"{seeds} for each variant (records: {val('tier_label')})."
     )
 
 
@@ -94,84 +99,65 @@ def data(numbers: Numbers) -> str:
     title = numbers["cifar10.data"].upper()
     if not title.startswith("CIFAR-10"):
         return (
-            r"The images are \val{cifar10.data}. They stand in for CIFAR-10~\citep{krizhevsky2009cifar}, which was not at hand: "
+            rf"The images are {val('data')}. They stand in for CIFAR-10~\citep{{krizhevsky2009cifar}}, which was not at hand: "
             "nothing below is a statement about CIFAR-10."
         )
-    text = r"The images are those of~\citep{krizhevsky2009cifar}, read as \val{cifar10.data}."
+    text = rf"The images are those of~\citet{{krizhevsky2009cifar}}, read as {val('data')}."
     return text + (" This copy is lossy, so accuracies do not compare with those on the raw images." if "JPEG" in title else "")
 
 
 def abstract(numbers: Numbers) -> str:
     """The headline in one sentence."""
-    name, where = numbers["cifar10.headline"], r"On \val{cifar10.data} (records: \val{cifar10.tier_label})"
+    name, where = numbers["cifar10.headline"], f"On {val('data')} (records: {val('tier_label')})"
     if name is None or numbers[f"cifar10.{name}.recovered"] is None:
-        return (
-            where
-            + " the runs behind this copy are too few or too short to decide a comparison of optimizers: they are shown and support no claim."
-        )
+        return f"{where} the runs behind this copy are too few or too short to compare optimizers: they are shown and support no claim."
     return (
-        rf"{where}, \val{{cifar10.{name}.label}} recovers \val{{cifar10.{name}.recovered}} of the loss gap between frozen and dense training with "
-        rf"\val{{cifar10.{name}.state}}~bytes of optimizer state per parameter, everything kept between steps counted; dense training keeps "
-        rf"\val{{cifar10.{numbers['cifar10.dense']}.state}}."
+        f"{where}, {val(name, 'label')} recovers {val(name, 'recovered')} of the loss gap between frozen and dense training with "
+        f"{val(name, 'state')}~bytes of optimizer state per parameter, everything kept between steps counted; "
+        f"dense training keeps {val(numbers['cifar10.dense'], 'state')}."
     )
 
 
 def gap(numbers: Numbers) -> str:
     if numbers["cifar10.gap"] is None:
         return "A control is missing from the records, so no verdict is possible."
-    losses = (
-        rf"Frozen training ends at a test loss of \val{{cifar10.{numbers['cifar10.frozen']}.loss}}, dense training at "
-        rf"\val{{cifar10.{numbers['cifar10.dense']}.loss}}: a gap of \val{{cifar10.gap}}."
-    )
+    dense, frozen = (val(numbers[f"cifar10.{control}"], "loss") for control in ("dense", "frozen"))
+    text = f"Frozen training ends at a test loss of {frozen}, dense training at {dense}: a gap of {val('gap')}."
     if numbers["cifar10.gap_ratio"] is not None:
-        losses += r" That is \val{cifar10.gap_ratio} times the standard deviation of dense training over seeds."
+        text += f" That is {val('gap_ratio')} times the standard deviation of dense training over seeds."
     if numbers["cifar10.gap_passes"]:
-        return losses + " The task passes the test, and its recovered gaps are evidence."
-    return losses + r" The task does not pass the test (\val{cifar10.gap_reason}): what follows is shown and supports no claim."
+        return text + " The task passes the test, and its recovered gaps are evidence."
+    return text + f" The task does not pass the test ({val('gap_reason')}): what follows is shown and supports no claim."
 
 
 def headline(numbers: Numbers) -> str:
     name = numbers["cifar10.headline"]
     if name is None:
         return "No complete variant of Mango was run in this tier."
-    key = f"cifar10.{name}"
-    if numbers[f"{key}.recovered"] is None:
-        return (
-            rf"\val{{{key}.label}} ends at a test loss of \val{{{key}.loss}} with \val{{{key}.state}}~bytes of optimizer state per parameter, "
-            rf"where the dense control keeps \val{{cifar10.{numbers['cifar10.dense']}.state}}. As the task does not decide, we draw no conclusion from it."
-        )
-    text = (
-        rf"\val{{{key}.label}} recovers \val{{{key}.recovered}} of the gap with \val{{{key}.state}}~bytes of optimizer state per parameter, "
-        rf"where the dense control keeps \val{{cifar10.{numbers['cifar10.dense']}.state}}."
-    )
-    met = numbers[f"{key}.recovered"] >= AIM["recovered"] and numbers[f"{key}.state"] <= AIM["state"]
-    aim = rf"\num{{{AIM['recovered']:.2f}}} of the gap in at most \num{{{AIM['state']}}} bytes per parameter"
-    return text + (
-        f" This meets the aim set beforehand, at least {aim}." if met else f" This falls short of the aim set beforehand, at least {aim}."
-    )
+    dense = val(numbers["cifar10.dense"], "state")
+    state = f"{val(name, 'state')}~bytes of optimizer state per parameter, where the dense control keeps {dense}"
+    if numbers[f"cifar10.{name}.recovered"] is None:
+        end = f"{val(name, 'label')} ends at a test loss of {val(name, 'loss')} with {state}."
+        return end + " As the task does not decide, we draw no conclusion from it."
+    met = numbers[f"cifar10.{name}.recovered"] >= AIM["recovered"] and numbers[f"cifar10.{name}.state"] <= AIM["state"]
+    aim = rf"at least \num{{{AIM['recovered']:.2f}}} of the gap in at most \num{{{AIM['state']}}} bytes per parameter"
+    verdict = f"This {'meets' if met else 'falls short of'} the aim set beforehand, {aim}."
+    return f"{val(name, 'label')} recovers {val(name, 'recovered')} of the gap with {state}. {verdict}"
 
 
 def peers(numbers: Numbers) -> str:
-    """Whether any peer beats the headline variant in state and in recovered gap at once; the Pareto question."""
+    """Whether another method recovers more than the headline variant, and whether one does so with no more state."""
     name = numbers["cifar10.headline"]
-    rivals = [
-        v for v in numbers["cifar10.variants"] if numbers[f"cifar10.{v}.group"] == "peer" and numbers[f"cifar10.{v}.recovered"] is not None
-    ]
-    if name is None or not rivals or not numbers["cifar10.gap_passes"]:
+    if name is None or not numbers["cifar10.gap_passes"]:
         return ""
-    own_gap, own_state = numbers[f"cifar10.{name}.recovered"], numbers[f"cifar10.{name}.state"]
-    better = [v for v in rivals if numbers[f"cifar10.{v}.recovered"] > own_gap]
-    text = (
-        rf"Of the {_count(len(rivals), 'other method')} none recovers more."
-        if not better
-        else rf"Of the {_count(len(rivals), 'other method')}, {_list(better)} {_verb(1, len(better), 'recovers', 'recover')} more."
-    )
-    dominating = [v for v in better if numbers[f"cifar10.{v}.state"] <= own_state]
+    others = [other for other in numbers["cifar10.variants"] if numbers[f"cifar10.{other}.group"] == "peer"]
+    if not others:
+        return ""
+    better = [other for other in others if numbers[f"cifar10.{other}.recovered"] > numbers[f"cifar10.{name}.recovered"]]
+    dominating = [other for other in better if numbers[f"cifar10.{other}.state"] <= numbers[f"cifar10.{name}.state"]]
+    text = f"Of the {_count(len(others), 'other method')} {_list(better) or 'none'} recover{'s' if len(better) < 2 else ''} more."
     if dominating:
-        return (
-            text
-            + rf" {_list(dominating)} {_verb(1, len(dominating), 'does', 'do')} so with no more state, so this variant is not on the Pareto front."
-        )
+        return f"{text} {_list(dominating)} with no more state, so this variant is not on the Pareto front."
     return text + (
         " None of these does so with as little state: the variant is on the Pareto front of the methods compared." if better else ""
     )
@@ -179,56 +165,51 @@ def peers(numbers: Numbers) -> str:
 
 def ablations(numbers: Numbers) -> str:
     name = numbers["cifar10.headline"]
-    found = [
-        v for v in numbers["cifar10.variants"] if numbers.get(f"cifar10.{v}.ablates") and numbers[f"cifar10.{v}.recovered"] is not None
-    ]
-    if name is None or not found:
+    changed = [variant for variant in numbers["cifar10.variants"] if numbers[f"cifar10.{variant}.ablates"]]
+    if not changed:
         return "No variant that differs from it in one setting was run in this tier."
-    parts = []
-    for v in found:
-        difference = numbers[f"cifar10.{v}.recovered"] - numbers[f"cifar10.{name}.recovered"]
-        spread = [numbers[f"cifar10.{v}.recovered_std"], numbers[f"cifar10.{name}.recovered_std"]]
-        if None in spread:
-            verdict = "from one seed, no verdict"
-        elif abs(difference) > 2 * hypot(*spread):
-            verdict = ("more" if difference > 0 else "less") + " by over two standard deviations of the difference"
-        else:
-            verdict = "within two standard deviations of the difference"
-        parts.append(
-            rf"\val{{cifar10.{v}.ablates}} the recovered gap is \val{{cifar10.{v}.recovered}} at \val{{cifar10.{v}.state}} bytes per parameter ({verdict})"
-        )
-    return (
-        rf"Changing one setting of \val{{cifar10.{name}.label}}, which recovers \val{{cifar10.{name}.recovered}}: " + "; ".join(parts) + "."
-    )
+    if not numbers["cifar10.gap_passes"]:
+        return "As the task does not decide, the variants that differ in one setting are listed without a verdict."
+    parts = [
+        f"{val(variant, 'ablates')} the recovered gap is {val(variant, 'recovered')} at {val(variant, 'state')} bytes per parameter "
+        f"({_difference(numbers, variant, name)})"
+        for variant in changed
+    ]
+    return f"Changing one setting of {val(name, 'label')}, which recovers {val(name, 'recovered')}: {'; '.join(parts)}."
+
+
+def _difference(numbers: Numbers, variant: str, reference: str) -> str:
+    spread = [numbers[f"cifar10.{name}.recovered_std"] for name in (variant, reference)]
+    if None in spread:
+        return "from one seed, no verdict"
+    difference = numbers[f"cifar10.{variant}.recovered"] - numbers[f"cifar10.{reference}.recovered"]
+    if abs(difference) <= 2 * hypot(*spread):
+        return "within two standard deviations of the difference"
+    return f"{'more' if difference > 0 else 'less'} by over two standard deviations of the difference"
 
 
 def contraction(numbers: Numbers) -> str:
     if not numbers["cifar10.contraction.count"]:
         return "No run of this tier recorded its contraction."
+    layers = val("contraction", "layers")
     text = (
-        r"Mango's runs record \val{cifar10.contraction.count} pairs of the share of the squared norm that compression must keep and the share that it "
-        r"kept, over layers, steps and seeds (\cref{fig:contraction}). The median share kept is \val{cifar10.contraction.kept}, and the median of kept "
-        r"over certified is \val{cifar10.contraction.median}. "
+        f"Mango's runs record {val('contraction', 'count')} pairs of the share of the squared norm that compression must keep and the "
+        rf"share that it kept, over layers, steps and seeds (\cref{{fig:contraction}}). The median share kept is "
+        f"{val('contraction', 'kept')}, and the median of kept over certified is {val('contraction', 'median')}. "
     )
     if numbers["cifar10.contraction.layers_below"]:
-        text += r"\textbf{Averaged over steps and seeds, \val{cifar10.contraction.layers_below} of \val{cifar10.contraction.layers} layers lie below their certificate.}"
-    else:
-        text += r"Averaged over steps and seeds, none of the \val{cifar10.contraction.layers} layers (counted for each variant) lies below its certificate"
-        text += (
-            "; nor does any single value."
-            if not numbers["cifar10.contraction.below"]
-            else r"; of the single values \val{cifar10.contraction.below} do, as they may, since the certificate bounds an expectation over the scouts."
-        )
-    return text
+        below = val("contraction", "layers_below")
+        return text + rf"\textbf{{Averaged over steps and seeds, {below} of {layers} layers lie below their certificate.}}"
+    text += f"Averaged over steps and seeds, none of the {layers} layers (counted for each variant) lies below its certificate"
+    if not numbers["cifar10.contraction.below"]:
+        return text + "; nor does any single value."
+    below = val("contraction", "below")
+    return text + f"; of the single values {below} do, as they may, since the certificate bounds an expectation over the scouts."
 
 
-def energy(numbers: Numbers) -> str:
-    return r"Energy of the runs: \val{cifar10.energy}."
-
-
-def compute(numbers: Numbers, records: Records) -> str:
-    total = rf" The theorem checks took \num{{{sum(record['seconds'] for record in records.values()):.0f}}}~s." if records else ""
-    return r"The training runs took \val{cifar10.wall} in all; \cref{tab:machines} names the machines." + total
+def compute(records: Records) -> str:
+    text = rf"The training runs took {val('wall')} in all; \cref{{tab:machines}} names the machines."
+    return text + (rf" The theorem checks took \num{{{sum(record['seconds'] for record in records.values()):.0f}}}~s." if records else "")
 
 
 # ---------------------------------------------------------------- the table of claims
@@ -250,7 +231,7 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
             "train",
             f"results/{tier}/cifar10/*/*/run.json",
             "train/cifar10/",
-            None,
+            60 * numbers["cifar10.live.wall"],
             rf"gap test; \texttt{{make verify}} against \path{{results/reference/{tier}.json}}",
         ),
         Evidence(
@@ -292,20 +273,20 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
 
 
 def _list(variants: list[str]) -> str:
-    labels = [rf"\val{{cifar10.{variant}.label}}" for variant in variants]
-    return labels[0] if len(labels) == 1 else ", ".join(labels[:-1]) + " and " + labels[-1]
+    labels = [val(variant, "label") for variant in variants]
+    return " and ".join([", ".join(labels[:-1]), labels[-1]] if len(labels) > 1 else labels)
 
 
 def _count(number: int, noun: str) -> str:
     return rf"\num{{{number}}} {noun}{'' if number == 1 else 's'}"
 
 
-def _share(part: int, whole: int, noun: str) -> str:
-    if part == whole:
-        return f"the one {noun}" if whole == 1 else rf"each of the \num{{{whole}}} {noun}s"
-    return rf"\textbf{{only \num{{{part}}}}} of the \num{{{whole}}} {noun}s"
+def _share(verdicts: list[bool], noun: str) -> str:
+    if all(verdicts):
+        return f"the one {noun}" if len(verdicts) == 1 else rf"each of the \num{{{len(verdicts)}}} {noun}s"
+    return rf"\textbf{{only \num{{{sum(verdicts)}}}}} of the \num{{{len(verdicts)}}} {noun}s"
 
 
-def _verb(part: int, whole: int, one: str, many: str) -> str:
-    """The form that agrees with ``_share(part, whole, ...)``, or with ``whole`` things when part is 1."""
-    return one if part == whole else many
+def _verb(verdicts: list[bool], one: str, many: str) -> str:
+    """The form that agrees with ``_share``."""
+    return one if all(verdicts) else many

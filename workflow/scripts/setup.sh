@@ -69,7 +69,6 @@ if ! latex_ready; then
     # shellcheck disable=SC2086
     apt_install $TEX_PACKAGES >logs/setup-latex.log 2>&1 </dev/null &
     tex_job=$!
-    trap 'kill $tex_job 2>/dev/null || true' EXIT
 fi
 
 rm -f $STAMP
@@ -80,12 +79,15 @@ echo "setup: installing $(grep -c == requirements.lock) Python packages into .ve
 {
     .venv/bin/python -m pip install --progress-bar off -r requirements.lock &&
         .venv/bin/python -m pip install --no-deps --no-build-isolation --editable .
-} >logs/setup-pip.log 2>&1 </dev/null || { tail -n 5 logs/setup-pip.log >&2; die "pip failed: see logs/setup-pip.log"; }
+} >logs/setup-pip.log 2>&1 </dev/null && python_ready=yes || python_ready=no
 
-if [ -n "$tex_job" ]; then
+if [ -n "$tex_job" ]; then # also when pip failed: apt-get is not to be cut off
     wait "$tex_job" || die "apt-get failed: see logs/setup-latex.log"
-    trap - EXIT
     latex_ready || die "LaTeX was installed but is still incomplete: see logs/setup-latex.log"
+fi
+if [ $python_ready = no ]; then
+    grep -v '^WARNING' logs/setup-pip.log | tail -n 3 >&2
+    die "pip failed: see logs/setup-pip.log"
 fi
 echo "$key" >$STAMP
 echo "setup: done"
