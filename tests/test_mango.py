@@ -332,6 +332,20 @@ def test_non_finite_gradients_are_refused_before_anything_changes(bad: float) ->
     push(optimizer, [(fine, grad), (broken, grad), (small, torch.ones(7))])  # and training may go on
 
 
+@pytest.mark.parametrize("error", ["none", "codec"])
+def test_columns_that_die_do_not_poison_the_layer(error: str) -> None:
+    weight = matrix()
+    optimizer = Mango([("w", weight)], lr=0.01, plan=LayerPlan(rank=32, error=error))
+    steady = gaussian((*weight.shape, 1), (0,))[..., 0]  # every entry of Adam's direction comes to 1 or -1
+    for step in range(20):
+        weight.grad = steady.clone()
+        if step >= 10:  # a unit that stopped firing: momentum is left, the gradient is exactly zero
+            weight.grad[:, :7] = 0.0
+            weight.grad[:5] = 0.0
+        optimizer.step()
+        assert torch.isfinite(weight).all()
+
+
 def test_large_but_finite_gradients_are_not_mistaken_for_infinite_ones() -> None:
     param = matrix()
     optimizer = Mango([param])

@@ -99,7 +99,8 @@ def test_setup_as_root_installs_latex_with_apt_and_reports_its_failure(tmp_path:
     """Both halves are stand-ins: apt-get records its calls and fails to install; the interpreter "makes" a .venv whose pip succeeds."""
     calls = tmp_path / "calls"
     pip = "#!/bin/bash\\nexit 0"
-    python = f'case "$*" in *--clear*) mkdir -p .venv/bin; printf "{pip}" >.venv/bin/python; chmod +x .venv/bin/python;; *) exec {sys.executable} "$@";; esac'
+    make = f'mkdir -p .venv/bin; printf "{pip}" >.venv/bin/python; chmod +x .venv/bin/python'
+    python = f'case "$*" in *--clear*) {make};; *) exec {sys.executable} "$@";; esac'
     apt = f'echo "$*" >>{calls}; case "$*" in *install*) exit 100;; esac'
     done = run_setup(tmp_path, **{"id": "echo 0", "apt-get": apt, "chmod": 'exec /bin/chmod "$@"', "python3": python})
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "logs/setup-latex.log" in done.stderr

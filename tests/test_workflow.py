@@ -79,8 +79,17 @@ def test_hash_counts_of_a_package_only_what_is_used(tree: Path) -> None:
 def test_hash_follows_imports_inside_functions_and_modules_used_as_objects(tree: Path) -> None:
     (tree / "pkg/late.py").write_text("def f():\n    from pkg.a import A\n    return A\n")
     (tree / "pkg/whole.py").write_text("from pkg import tools\nkeep = [tools]\n")
+    (tree / "pkg/place.py").write_text("import pkg\nhere = pkg.__file__\n")
     assert "pkg/deep.py" in files(["pkg.late:f"], tree)
+    assert files(["pkg.place"], tree) == {"pkg/place.py"}
     assert files(["pkg.whole"], tree) == {"pkg/whole.py", "pkg/tools.py", "pkg/deep.py", "pkg/other.py"}
+
+
+def test_hash_follows_the_names_that_a_package_serves_lazily(tree: Path) -> None:
+    lazy = "if TYPE_CHECKING:\n    from pkg.a import A\n    from pkg.other import unused\ndef __getattr__(name):\n    ...\n"
+    (tree / "pkg/__init__.py").write_text(lazy)
+    (tree / "pkg/user.py").write_text("from pkg import A\nprint(A)\n")
+    assert files(["pkg.user"], tree) == {"pkg/user.py", "pkg/a.py", "pkg/deep.py"}
 
 
 def test_hash_reads_the_code_cells_of_a_notebook(tree: Path) -> None:

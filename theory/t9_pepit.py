@@ -52,19 +52,27 @@ TABLE = {
 SOLVER = 1e-5  # relative accuracy asked of the interior-point solver's values
 
 
+def require_solver() -> None:
+    """Raises: MissingExtra without PEPit, cvxpy or Clarabel."""
+    try:
+        import clarabel  # noqa: F401
+        import cvxpy  # noqa: F401
+        import PEPit  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra.of(error.name or "PEPit", "theory", "certifying worst cases") from error
+
+
 @cache
 def wc_ef21(alpha: float, steps: int, stretch: float = 1.0, lower_bound: bool = True) -> float:
     """Worst case over bound by PEPit, L = 1, gamma = stretch (1 - q); infinite when the programme is unbounded.
 
     ``lower_bound`` = False leaves out f* <= f_i - ||g_i||^2 / 2L and keeps f* <= f_i only.
-    Raises: MissingExtra without PEPit or without the solver Clarabel.
+    Raises: MissingExtra without the solver.
     """
-    try:
-        import clarabel  # noqa: F401
-        from PEPit import PEP, Expression, Point
-        from PEPit.functions import SmoothFunction
-    except ImportError as error:
-        raise MissingExtra.of(error.name or "PEPit", "theory", "certifying worst cases") from error
+    require_solver()
+    from PEPit import PEP, Expression, Point
+    from PEPit.functions import SmoothFunction
+
     q = sqrt(1.0 - alpha)
     gamma = stretch * (1.0 - q)
     problem = PEP()
@@ -89,6 +97,7 @@ def wc_ef21(alpha: float, steps: int, stretch: float = 1.0, lower_bound: bool = 
 
 
 def proof() -> list[Step]:
+    require_solver()
     big_l, q = sp.symbols("L q", positive=True)
     f, d, x0 = sp.symbols("f d x0", real=True)
     xi, xj, di, dj = sp.symbols("x_i x_j d_i d_j", real=True)

@@ -23,8 +23,8 @@ def run(values: int = 1 << 24, repeats: int = 7, warmup: int = 2, seed: int = 0)
         seed: of the values.
 
     Returns:
-        One row per codec: codec, values, threads, seconds (median of encode + decode), bytes_per_value, copy_ratio (to ``Tensor.copy_``) and
-        bitsandbytes_ratio (median of paired ratios, below 1 is faster than bitsandbytes; None where it has no such format).
+        One row per codec: codec, values, threads, seconds (median of encode + decode), bytes_per_value, copy_ratio (to ``Tensor.copy_``)
+        and bitsandbytes_ratio (median of paired ratios, below 1 is faster than bitsandbytes; None where it has no such format).
 
     Raises:
         MissingExtra: bitsandbytes is not installed.

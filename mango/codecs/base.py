@@ -86,8 +86,8 @@ class Part(NamedTuple):
 def parts(n: int, block: int, device: torch.device) -> Iterator[Part]:
     """Cuts n values into parts. A GPU has no cache to respect, only scratch memory to bound.
 
-    On a CPU a part stays below the 32768 values from which torch splits an operation between threads: the table look-up that dominates is never
-    split, the other operations gain nothing at a size that fits the cache, and their barriers cost seconds where the processor is shared.
+    On a CPU a part stays below the 32768 values from which torch splits an operation between threads: the table look-up that dominates
+    is never split, the other operations gain little at a size that fits the cache, and their barriers are slow on a shared processor.
     """
     step = max(1, (CPU_PART if device.type == "cpu" else 1 << 26) // block) * block
     full = n - n % block
@@ -104,6 +104,12 @@ def admit(x: Tensor, generator: torch.Generator | None) -> Tensor:
         raise ConfigError.of("dtype", getattr(x, "dtype", type(x).__name__), "float16, bfloat16, float32 or float64")
     check_generator(x, generator)
     return x.detach().reshape(-1)
+
+
+def all_finite(flat: Tensor) -> bool:
+    """Whether no value of (n,) is NaN or infinite, without a mask of the tensor's size."""
+    peaks = [flat[part.lo : part.hi].abs().amax() for part in parts(flat.numel(), 1, flat.device)]
+    return not peaks or bool(torch.isfinite(torch.stack(peaks)).all())
 
 
 def check_generator(x: Tensor, generator: torch.Generator | None) -> None:

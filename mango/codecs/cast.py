@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mango.codecs.base import Codec, admit, buffers, deliver, numel, roundoff, size, target
+from mango.codecs.base import Codec, admit, all_finite, buffers, deliver, numel, roundoff, size, target
 from mango.errors import NonFinite
 from mango.packed import Packed
 
@@ -20,7 +20,7 @@ class Cast(Codec):
 
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None, name: str = "tensor", out: Packed | None = None) -> Packed:
         flat = admit(x, generator)
-        if not bool(torch.isfinite(flat).all()):
+        if not all_finite(flat):
             raise NonFinite(f"{name} holds NaN or infinity")
         into = buffers(self.name, x, self._spec(x.shape), out)
         into["values"].copy_(flat)

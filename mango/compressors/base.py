@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mango.codecs.base import admit
+from mango.codecs.base import admit, all_finite
 from mango.errors import ConfigError, NonFinite
 from mango.packed import Packed
 
@@ -85,7 +85,7 @@ def folded(shape: Sequence[int]) -> tuple[int, int]:
 def flat_values(x: Tensor, generator: torch.Generator | None, name: str) -> Tensor:
     """The values of x in logical order, (d,), checked to be finite."""
     flat = admit(x, generator)
-    if not bool(torch.isfinite(flat).all()):
+    if not all_finite(flat):
         raise NonFinite(f"{name} holds NaN or infinity")
     return flat
 

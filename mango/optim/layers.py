@@ -156,7 +156,8 @@ class LayerStack:
         """
         per_dimension = (self.rank / (self.small - self.rank)) ** 0.5 * torch.linalg.vector_norm(left, dim=-2)
         bound = torch.maximum(torch.linalg.vector_norm(u, dim=-2), per_dimension)
-        return torch.linalg.vector_norm(adam, dim=-2) / bound.clamp_min(torch.finfo(torch.float32).tiny)
+        # a dead column (zero gradient, momentum left) must give a finite scale: infinity times its zero residual is not a number
+        return torch.linalg.vector_norm(adam, dim=-2) / bound.clamp_min(1e-30)
 
     def _subtract(self, h: Tensor, basis: Tensor, factor: Tensor) -> None:
         """h (layers, rows, cols) -= basis @ factor, in the orientation of h."""

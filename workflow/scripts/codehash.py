@@ -5,7 +5,8 @@ library would re-run everything after any edit, so the hash is taken over what t
 
 * Names are followed, not files: from ``from mango.optim import build`` (or ``optim.build`` after ``from mango import optim``) the search
   goes to the statements that bind ``build``, to the names these use, to the imports behind those names, and so on. Imports inside functions
-  count, those under ``TYPE_CHECKING`` do not. Top-level statements that bind no name (a call for its side effect) always count.
+  count. Those under ``TYPE_CHECKING`` do not, except beside a module's ``__getattr__``: there they say where the lazy names are. Top-level
+  statements that bind no name (a call for its side effect) always count.
 * A module that is reached counts whole, byte by byte; a package's ``__init__``, which every import of a submodule executes and which is
   but a list of names, counts only by the statements that were reached. House rule behind this: an ``__init__`` has no side effects.
 * A module that is used as an object (passed on, or a star import) is reached with all its names.
@@ -80,9 +81,10 @@ class _Source:
     @cached_property
     def tree(self) -> ast.Module:
         tree = ast.parse(self.text, str(self.path))
-        for node in ast.walk(tree):  # type checkers' imports are not executed
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                node.body = [ast.Pass()]
+        if not any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in tree.body):
+            for node in ast.walk(tree):  # type checkers' imports are not executed
+                if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                    node.body = [ast.Pass()]
         return tree
 
     def chains(self, statement: ast.stmt) -> set[Chain]:
@@ -202,7 +204,7 @@ class _Search:
         source = self.source(path, module)
         if attributes and attributes[0] in source.bindings:
             self.use(source, attributes)
-        else:
+        elif not (attributes and attributes[0].startswith("__")):  # mango.__file__ names no code
             self.all(source)
 
     def all(self, source: _Source) -> None:
@@ -236,7 +238,9 @@ class _Search:
         for chain in chains:
             if chain[0] in source.bindings:
                 self.use(source, chain)
-        for bound, module, name in source.imports(statement):  # inside functions
+        for bound, module, name in source.imports(statement):
+            if bound in source.bindings:
+                continue  # followed by name, above; what is left are imports inside functions
             uses = {chain[1:] for chain in chains if chain[0] == bound} or {()}
             for use in uses if bound != module else set():
                 self.resolve(module, (*((name,) if name and name != "*" else ()), *use))
