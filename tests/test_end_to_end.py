@@ -46,7 +46,7 @@ class Artifact:
     def snakemake(self, *arguments: str, settings: str = SETTINGS) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"MANGO_CACHE": str(self.folder / "cache")}
         command = [sys.executable, "-m", "snakemake", *arguments, "--configfile", settings]
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600)
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=3600)
 
     def pending(self) -> set[str]:
         """The messages of the jobs that a run would start now."""

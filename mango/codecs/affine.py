@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mango.codecs.base import TINY, Codec, admit, buffers, deliver, numel, parts, roundoff, size, target
+from mango.codecs.base import TINY, Codec, admit, all_finite, buffers, deliver, numel, parts, roundoff, size, target
 from mango.codecs.bits import add_uniform, pack
 from mango.codecs.codebook import check_block
 from mango.errors import NonFinite
@@ -71,7 +71,7 @@ class Affine(Codec):
         flat = admit(x, generator)
         zeros, scales = self._range(flat)
         # NaN and infinity show in their group's scale, and so does a range that float32 does not hold
-        if not bool(torch.isfinite(scales).all()):
+        if not all_finite(scales):
             raise NonFinite(f"{name} holds NaN, infinity or values whose range is beyond float32")
         into = buffers(self.name, x, self._spec(x.shape), out)
         into["zeros"].copy_(zeros)

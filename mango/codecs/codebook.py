@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mango.codecs.base import TINY, Codec, admit, buffers, deliver, numel, parts, size, target, with_rounding
+from mango.codecs.base import TINY, Codec, admit, all_finite, buffers, deliver, numel, parts, size, target, with_rounding
 from mango.errors import ConfigError, NonFinite
 from mango.packed import Packed
 
@@ -86,12 +86,15 @@ class AbsmaxCodec(Codec):
         flat = admit(x, generator)
         scales = self._absmax(flat)
         # infinite or NaN values show in their block's scale, so n / B values are checked instead of n
-        if not bool(torch.isfinite(scales).all()):
+        if not all_finite(scales):
             raise NonFinite(f"{name} holds NaN, infinity or a value beyond float32")
         if self.double_quant:
             return self._encode_double(flat, scales, x, generator, out)
-        into = buffers(self.name, x, self._spec(x.shape), out)
-        into["scales"].copy_(scales)
+        if out is None:
+            into = {"codes": torch.empty(self._spec(x.shape)["codes"][0], dtype=torch.uint8, device=x.device), "scales": scales}
+        else:
+            into = buffers(self.name, x, self._spec(x.shape), out)
+            into["scales"].copy_(scales)
         self._encode_into(flat, scales, into["codes"], generator)
         return Packed(self.name, x.shape, x.dtype, into, {"block": self.block})
 
@@ -104,6 +107,7 @@ class AbsmaxCodec(Codec):
         for lo, hi, width, first, last in parts(flat.numel(), int(packed.numbers["block"]), codes.device):
             values = self._lookup(codes[lo * self.bits // 8 : -(-hi * self.bits // 8)], hi - lo).view(-1, width)
             scale = scales[first:last].unsqueeze(1)
+            scale = torch.where(scale > TINY, scale, 0.0)
             if flat.dtype == torch.float32:
                 torch.mul(values, scale, out=flat[lo:hi].view(-1, width))
             else:
@@ -144,11 +148,11 @@ class AbsmaxCodec(Codec):
         return scales
 
     def _scales(self, packed: Packed) -> Tensor:
-        """The scales to decode with, (blocks,): those up to TINY become zero."""
+        """The scales to decode with, (blocks,)."""
         scales = packed.parts["scales"]
         if isinstance(scales, Packed):
             scales = _scale_codec().decode(scales) + packed.parts["mean"]  # type: ignore[operator]
-        return torch.where(scales > TINY, scales, 0.0)
+        return scales
 
     def _encode_double(self, flat: Tensor, scales: Tensor, x: Tensor, generator: torch.Generator | None, out: Packed | None) -> Packed:
         spec = {"codes": self._spec(x.shape)["codes"], "mean": (1, torch.float32)}
