@@ -63,7 +63,7 @@ class Int8(AbsmaxCodec):
         half = torch.tensor(0.5, device=flat.device)
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device):
             v = flat[lo:hi].to(torch.float32).view(-1, width) * (1.0 / scales[first:last]).unsqueeze(1)
-            # the reciprocal of zero and of subnormal numbers is infinite: at 0 * inf bitsandbytes ends in entry 0, and it clamps the rest to +-1
+            # reciprocals of zero and of subnormal scales are infinite: bitsandbytes ends in entry 0 at 0 * inf and clamps the rest to +-1
             v.nan_to_num_(nan=-1.0, posinf=1.0, neginf=-1.0)
             entry = torch.add(half, v.add_(1.0), alpha=(TABLE - 1) / 2)
             torch.index_select(table, 0, entry.view(-1).to(torch.int32), out=codes[lo:hi])
