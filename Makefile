@@ -21,7 +21,7 @@ paper: setup ## every experiment at laptop scale -> paper/build/mango.pdf, resul
 	@echo "paper/build/mango.pdf  report.html  results/laptop/"
 
 test: setup ## the whole test suite but the slow ones
-	$(PYTHON_ENV) -m pytest -n 2 --dist loadgroup
+	$(PYTHON_ENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 smoke: setup ## every rule on tiny inputs (minutes) -> paper/build/smoke/mango.pdf, results/smoke/
 	$(SNAKEMAKE) $(SMOKE)

@@ -14,8 +14,6 @@ import checkout
 import pytest
 import yaml
 
-pytestmark = pytest.mark.xdist_group("workflow")  # one worker: the artifact is made once
-
 SETTINGS = "workflow/config/smoke.yaml"
 VARIANTS = ("adamw", "frozen", "galore", "mango")
 THEOREMS = ("T1", "T2")
