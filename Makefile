@@ -20,7 +20,7 @@ paper: setup ## every experiment at laptop scale -> paper/build/mango.pdf, resul
 	@[ report.html -nt paper/build/mango.pdf ] || $(SNAKEMAKE) --report report.html --quiet all
 	@echo "paper/build/mango.pdf  report.html  results/laptop/"
 
-test: setup ## the whole test suite but the slow ones
+test: setup ## the whole test suite but the slow ones (a file stays on one worker, so that its fixtures are made once)
 	$(PYTHON_ENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 smoke: setup ## every rule on tiny inputs (minutes) -> paper/build/smoke/mango.pdf, results/smoke/
