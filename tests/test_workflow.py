@@ -294,3 +294,8 @@ def test_verify_tolerances_are_those_of_the_seeds_where_they_are_wider(tmp_path:
     assert values["mango.accuracy"]["tolerance"] == pytest.approx(0.03)
     assert values["mango.state"]["tolerance"] == pytest.approx(0.75e-9)
     assert set(values) == {"mango.accuracy", "mango.state"}
+
+
+def test_readme_shows_the_committed_reference_values() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPTS / "readme.py"), "--check"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, "run workflow/scripts/readme.py"
