@@ -1,7 +1,7 @@
 """mango: train large models in little memory with low-rank, quantised gradients and certified bounds.
 
-``import mango`` needs torch and numpy alone; everything else is an extra, imported where it is used. Names are imported on first use (PEP 562), so that
-``mango --help`` does not wait for torch.
+``import mango`` needs torch and numpy alone; everything else is an extra, imported where it is used. Names are imported on first use
+(PEP 562), so that ``mango --help`` does not wait for torch.
 """
 
 from importlib import import_module

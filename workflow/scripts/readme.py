@@ -1,7 +1,7 @@
 """Write README's table of results from the committed reference values.
 
-    python workflow/scripts/readme.py            rewrite the block between the markers
-    python workflow/scripts/readme.py --check    exit code 1 when the block is not what would be written
+python workflow/scripts/readme.py            rewrite the block between the markers
+python workflow/scripts/readme.py --check    exit code 1 when the block is not what would be written
 """
 
 from __future__ import annotations
