@@ -34,8 +34,8 @@ def table() -> str:
                 for key, variant in experiment.variants.items()
             ]
             parts += [
-                f"{version['data']}, a small residual network, {experiment.train.steps} steps, {len(experiment.seeds)} seeds, two CPU cores "
-                f"(tier `{TIER}`):",
+                f"{version['data']}, a small residual network, {experiment.train.steps} steps, {len(experiment.seeds)} seeds, "
+                f"two CPU cores (tier `{TIER}`):",
                 "",
                 "| method | test accuracy, % | test loss | recovered | optimizer state, bytes per parameter |",
                 "|---|--:|--:|--:|--:|",
