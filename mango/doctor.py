@@ -17,6 +17,7 @@ from mango.errors import MangoError
 
 # module -> (distribution, extra): what each extra brings that is looked up by name
 EXTRAS = {
+    "native": {"numba": "numba"},
     "experiments": {
         "pydantic": "pydantic",
         "yaml": "PyYAML",

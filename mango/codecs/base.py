@@ -5,16 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod, sqrt
+from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mango import native
 from mango.errors import ConfigError
 from mango.packed import Packed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CPU_PART = (1 << 15) - 1
+LOOP_PART = 1 << 22
 TINY = 1e-38  # a block whose largest magnitude is not above this decodes to zeros: 1 / absmax leaves the range of float32 there
 
 
@@ -83,19 +86,28 @@ class Part(NamedTuple):
     last: int  # one past the index of its last block
 
 
-def parts(n: int, block: int, device: torch.device) -> Iterator[Part]:
-    """Cuts n values into parts. A GPU has no cache to respect, only scratch memory to bound.
+def parts(n: int, block: int, device: torch.device, compiled: bool = False) -> Iterator[Part]:
+    """Cuts n values into parts. A GPU and a compiled loop have no cache to respect, only scratch memory to bound.
 
     On a CPU a part stays below the 32768 values from which torch splits an operation between threads: the table look-up that dominates
     is never split, the other operations gain little at a size that fits the cache, and their barriers are slow on a shared processor.
     """
-    step = max(1, (CPU_PART if device.type == "cpu" else 1 << 26) // block) * block
+    step = max(1, (LOOP_PART if compiled else CPU_PART if device.type == "cpu" else 1 << 26) // block) * block
     full = n - n % block
     for lo in range(0, full, step):
         hi = min(lo + step, full)
         yield Part(lo, hi, block, lo // block, hi // block)
     if full < n:
         yield Part(full, n, n - full, full // block, full // block + 1)
+
+
+def loops(device: torch.device) -> ModuleType | None:
+    """The compiled loops for tensors on this device, or None where the torch code is to run."""
+    if not native.ready(device):
+        return None
+    from mango.native import codecs
+
+    return codecs
 
 
 def admit(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -6,16 +6,18 @@ Here is what NF4, FP4 and the 8-bit dynamic map share: scales, the check for NaN
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from math import sqrt
+from types import ModuleType
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mango.codecs.base import TINY, Codec, admit, all_finite, buffers, deliver, numel, parts, size, target, with_rounding
+from mango.codecs.base import TINY, Codec, admit, all_finite, buffers, deliver, loops, numel, parts, size, target, with_rounding
 from mango.errors import ConfigError, NonFinite
 from mango.packed import Packed
 
@@ -103,8 +105,16 @@ class AbsmaxCodec(Codec):
         codes, scales = packed.parts["codes"], self._scales(packed)
         assert isinstance(codes, Tensor)
         result = target(packed, codes.device, out)
-        flat = result.view(-1)
-        for lo, hi, width, first, last in parts(flat.numel(), int(packed.numbers["block"]), codes.device):
+        flat, block = result.view(-1), int(packed.numbers["block"])
+        compiled = loops(codes.device)
+        for lo, hi, width, first, last in parts(flat.numel(), block, codes.device, compiled is not None):
+            if compiled is not None:
+                values = flat[lo:hi] if flat.dtype == torch.float32 else torch.empty(hi - lo)
+                stored = codes[lo * self.bits // 8 : -(-hi * self.bits // 8)]
+                self._decode_loop(compiled)(stored.numpy(), scales[first:last].numpy(), block, self._levels(), values.numpy())
+                if flat.dtype != torch.float32:
+                    flat[lo:hi].copy_(values)
+                continue
             values = self._lookup(codes[lo * self.bits // 8 : -(-hi * self.bits // 8)], hi - lo).view(-1, width)
             scale = scales[first:last].unsqueeze(1)
             scale = torch.where(scale > TINY, scale, 0.0)
@@ -132,6 +142,14 @@ class AbsmaxCodec(Codec):
         """Fills ``codes`` for the finite values of ``flat``."""
 
     @abstractmethod
+    def _decode_loop(self, compiled: ModuleType) -> Callable[..., None]:
+        """The compiled loop that decodes (codes, scales, block, levels, out)."""
+
+    @abstractmethod
+    def _levels(self) -> np.ndarray:
+        """The levels by code, float32."""
+
+    @abstractmethod
     def _lookup(self, codes: Tensor, n: int) -> Tensor:
         """The levels of n values, float32, (n,); the caller overwrites it."""
 
@@ -142,9 +160,13 @@ class AbsmaxCodec(Codec):
     def _absmax(self, flat: Tensor) -> Tensor:
         """Largest magnitude of each block in float32, (blocks,)."""
         scales = torch.empty(-(-flat.numel() // self.block), dtype=torch.float32, device=flat.device)
-        for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device):
-            values = flat[lo:hi].view(-1, width)
-            scales[first:last] = values.abs().amax(dim=1)
+        compiled = loops(flat.device)
+        for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
+            if compiled is not None:
+                bits = flat[lo:hi].to(torch.float32).view(torch.int32)
+                compiled.absmax(bits.numpy(), self.block, scales[first:last].view(torch.int32).numpy())
+            else:
+                scales[first:last] = flat[lo:hi].view(-1, width).abs().amax(dim=1)
         return scales
 
     def _scales(self, packed: Packed) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from math import inf, sqrt
+from types import ModuleType
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mango.codecs.base import TINY, parts, roundoff
+from mango.codecs.base import TINY, loops, parts, roundoff
 from mango.codecs.bits import add_uniform, pack
 from mango.codecs.codebook import AbsmaxCodec, worst_error, worst_variance
 from mango.errors import ConfigError
@@ -57,11 +59,18 @@ def _bins(thresholds: Sequence[float], codes: Sequence[int], device: torch.devic
 
 
 @cache
-def _nearest(levels: tuple[float, ...], device: torch.device) -> Bins:
-    """The code of the nearest level; levels by code."""
+def _midpoints(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Decision thresholds (15,) float32, sorted, and the code of each interval between them, uint8 (16,); levels by code."""
     level = torch.tensor(levels, dtype=torch.float32)
     order = torch.argsort(level)  # puts the two zeros of FP4 in the order that they have in bitsandbytes
-    return _bins(((level[order[:-1]] + level[order[1:]]) / 2).tolist(), order.tolist(), device)
+    return (level[order[:-1]] + level[order[1:]]) / 2, order.to(torch.uint8)
+
+
+@cache
+def _nearest(levels: tuple[float, ...], device: torch.device) -> Bins:
+    """The code of the nearest level; levels by code."""
+    thresholds, codes = _midpoints(levels)
+    return _bins(thresholds.tolist(), codes.tolist(), device)
 
 
 class Gaps(NamedTuple):
@@ -78,6 +87,11 @@ def _gaps(levels: tuple[float, ...], device: torch.device) -> Gaps:
     level, code = torch.tensor(levels, dtype=torch.float32).sort()
     bins = _bins(level[1:-1].unique().tolist(), level[:-1].unique(return_counts=True)[1].cumsum(0).sub(1).tolist(), device)
     return Gaps(bins, level.to(device), code.to(torch.uint8).to(device))
+
+
+@cache
+def _level_array(levels: tuple[float, ...]) -> np.ndarray:
+    return np.array(levels, dtype=np.float32)
 
 
 @cache
@@ -128,7 +142,13 @@ class FourBit(AbsmaxCodec):
         return scales
 
     def _encode_into(self, flat: Tensor, scales: Tensor, codes: Tensor, generator: torch.Generator | None) -> None:
-        for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device):
+        compiled = None if self.stochastic else loops(flat.device)
+        for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
+            if compiled is not None:
+                x, into = flat[lo:hi].to(torch.float32), codes[lo // 2 : (hi + 1) // 2]
+                thresholds, order = (table.numpy() for table in _midpoints(self.levels))
+                compiled.encode_nibbles(x.numpy(), scales[first:last].numpy(), self.block, thresholds, order, into.numpy())
+                continue
             x = flat[lo:hi].to(torch.float32).view(-1, width)
             scale = scales[first:last].unsqueeze(1)
             if self.stochastic:
@@ -150,6 +170,12 @@ class FourBit(AbsmaxCodec):
         up = x.sub(below).div_(above.sub_(below)).nan_to_num_(nan=0.0).clamp_(0.0, 1.0).view(-1)
         add_uniform(up, generator)  # at least 1 with the probability that up had
         return gaps.code.index_select(0, lower.add_(up.to(torch.int32)))
+
+    def _decode_loop(self, compiled: ModuleType) -> Callable[..., None]:
+        return compiled.decode_nibbles
+
+    def _levels(self) -> np.ndarray:
+        return _level_array(self.levels)
 
     def _lookup(self, codes: Tensor, n: int) -> Tensor:
         return _pair_table(self.levels, codes.device).index_select(0, codes.to(torch.int32)).view(torch.float32)[:n]

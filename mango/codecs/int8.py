@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mango.codecs.base import parts
+from mango.codecs.base import loops, parts
 from mango.codecs.codebook import AbsmaxCodec, worst_error
 
 CPU = torch.device("cpu")
@@ -60,6 +63,12 @@ class Int8(AbsmaxCodec):
 
     def _encode_into(self, flat: Tensor, scales: Tensor, codes: Tensor, generator: torch.Generator | None) -> None:
         table = code_table(flat.device)
+        compiled = loops(flat.device)
+        if compiled is not None:
+            for lo, hi, _, first, last in parts(flat.numel(), self.block, flat.device, compiled=True):
+                x = flat[lo:hi].to(torch.float32)
+                compiled.encode_bytes(x.numpy(), scales[first:last].numpy(), self.block, table.numpy(), codes[lo:hi].numpy())
+            return
         half = torch.tensor(0.5, device=flat.device)
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device):
             v = flat[lo:hi].to(torch.float32).view(-1, width) * (1.0 / scales[first:last]).unsqueeze(1)
@@ -67,6 +76,12 @@ class Int8(AbsmaxCodec):
             v.nan_to_num_(nan=-1.0, posinf=1.0, neginf=-1.0)
             entry = torch.add(half, v.add_(1.0), alpha=(TABLE - 1) / 2)
             torch.index_select(table, 0, entry.view(-1).to(torch.int32), out=codes[lo:hi])
+
+    def _decode_loop(self, compiled: ModuleType) -> Callable[..., None]:
+        return compiled.decode_bytes
+
+    def _levels(self) -> np.ndarray:
+        return dynamic_map().numpy()
 
     def _lookup(self, codes: Tensor, n: int) -> Tensor:
         return dynamic_map(codes.device).index_select(0, codes.to(torch.int32))

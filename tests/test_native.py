@@ -1,0 +1,89 @@
+"""The compiled loops compute the bits of their torch twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mango import codecs, native
+
+Result = TypeVar("Result")
+CPU = torch.device("cpu")
+CODECS = ("int8", "nf4", "fp4")
+
+
+def both(work: Callable[[], Result]) -> tuple[Result, Result]:
+    """The result with the compiled loops and the result of torch alone."""
+    assert native.ready(CPU), "numba is part of the set-up: the loops must be what is tested"
+    compiled = work()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_installed", lambda: False)
+        assert not native.ready(CPU)
+        return compiled, work()
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, also where the sign of a zero differs."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(CODECS),
+    block=st.sampled_from([8, 64, 256, 4096]),
+    n=st.integers(0, 9000),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+    scale=st.sampled_from([1.0, 1e-4, 1e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_scales_and_values_are_equal(name: str, block: int, n: int, dtype: torch.dtype, scale: float, seed: int) -> None:
+    x = (torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    check(name, block, x)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_special_values_are_treated_alike(name: str) -> None:
+    levels = torch.tensor(codecs.get("nf4").levels)
+    middles = (levels[1:] + levels[:-1]) / 2
+    for x in (
+        torch.zeros(200),
+        torch.full((100,), 1e-39),
+        torch.full((100,), -1e-45),
+        torch.tensor([3e38, -3e38, 1e-38, 0.0, -0.0] * 40),
+        torch.cat([torch.ones(1), middles, torch.nextafter(middles, torch.tensor(2.0)), torch.nextafter(middles, torch.tensor(-2.0))]),
+        torch.linspace(-1, 1, 65535),
+    ):
+        check(name, 64, x)
+
+
+def check(name: str, block: int, x: Tensor) -> None:
+    codec = codecs.get(name, block=block)
+    mine, twin = both(lambda: codec.encode(x))
+    assert all(same(a, b) for a, b in zip(mine.tensors(), twin.tensors(), strict=True))
+    values, others = both(lambda: codec.decode(mine))
+    assert same(values, others)
+
+
+def test_double_quantised_scales_are_equal() -> None:
+    codec = codecs.get("nf4", double_quant=True)
+    x = torch.randn(70000)
+    mine, twin = both(lambda: codec.encode(x))
+    assert all(same(a, b) for a, b in zip(mine.tensors(), twin.tensors(), strict=True))
+
+
+def test_threads_do_not_change_a_result() -> None:
+    x, threads = torch.randn(100_000), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(codecs.get("nf4").encode(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same(a, b) for a, b in zip(found[0].tensors(), found[1].tensors(), strict=True))
