@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mango.codecs.base import TINY, Codec, admit, all_finite, buffers, deliver, loops, numel, parts, size, target, with_rounding
 from mango.errors import ConfigError, NonFinite
+from mango.native.threads import run
 from mango.packed import Packed
 
 SCALE_BLOCK = 256  # scales that share one scale when they are quantised themselves, as in bitsandbytes
@@ -111,7 +112,8 @@ class AbsmaxCodec(Codec):
             if compiled is not None:
                 values = flat[lo:hi] if flat.dtype == torch.float32 else torch.empty(hi - lo)
                 stored = codes[lo * self.bits // 8 : -(-hi * self.bits // 8)]
-                self._decode_loop(compiled)(stored.numpy(), scales[first:last].numpy(), block, self._levels(), values.numpy())
+                arrays = (stored.numpy(), scales[first:last].numpy(), block, self._levels(), values.numpy())
+                run(self._decode_loop(compiled), last - first, block, *arrays)
                 if flat.dtype != torch.float32:
                     flat[lo:hi].copy_(values)
                 continue
@@ -164,7 +166,8 @@ class AbsmaxCodec(Codec):
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
             if compiled is not None:
                 bits = flat[lo:hi].to(torch.float32).view(torch.int32)
-                compiled.absmax(bits.numpy(), self.block, scales[first:last].view(torch.int32).numpy())
+                peaks = scales[first:last].view(torch.int32)
+                run(compiled.absmax, last - first, self.block, bits.numpy(), self.block, peaks.numpy())
             else:
                 scales[first:last] = flat[lo:hi].view(-1, width).abs().amax(dim=1)
         return scales

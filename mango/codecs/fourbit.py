@@ -17,6 +17,7 @@ from mango.codecs.base import TINY, loops, parts, roundoff
 from mango.codecs.bits import add_uniform, pack
 from mango.codecs.codebook import AbsmaxCodec, worst_error, worst_variance
 from mango.errors import ConfigError
+from mango.native.threads import run
 
 
 class Bins(NamedTuple):
@@ -147,7 +148,8 @@ class FourBit(AbsmaxCodec):
             if compiled is not None:
                 x, into = flat[lo:hi].to(torch.float32), codes[lo // 2 : (hi + 1) // 2]
                 thresholds, order = (table.numpy() for table in _midpoints(self.levels))
-                compiled.encode_nibbles(x.numpy(), scales[first:last].numpy(), self.block, thresholds, order, into.numpy())
+                arrays = (x.numpy(), scales[first:last].numpy(), self.block, thresholds, order, into.numpy())
+                run(compiled.encode_nibbles, last - first, self.block, *arrays)
                 continue
             x = flat[lo:hi].to(torch.float32).view(-1, width)
             scale = scales[first:last].unsqueeze(1)

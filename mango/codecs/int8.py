@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mango.codecs.base import loops, parts
 from mango.codecs.codebook import AbsmaxCodec, worst_error
+from mango.native.threads import run
 
 CPU = torch.device("cpu")
 TABLE = 65536  # entries of the table that maps a value in [-1, 1] to a code
@@ -67,7 +68,8 @@ class Int8(AbsmaxCodec):
         if compiled is not None:
             for lo, hi, _, first, last in parts(flat.numel(), self.block, flat.device, compiled=True):
                 x = flat[lo:hi].to(torch.float32)
-                compiled.encode_bytes(x.numpy(), scales[first:last].numpy(), self.block, table.numpy(), codes[lo:hi].numpy())
+                arrays = (x.numpy(), scales[first:last].numpy(), self.block, table.numpy(), codes[lo:hi].numpy())
+                run(compiled.encode_bytes, last - first, self.block, *arrays)
             return
         half = torch.tensor(0.5, device=flat.device)
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device):
