@@ -161,6 +161,25 @@ def power_step(
     return new.gather(-1, order.unsqueeze(-2).expand_as(new)), energy
 
 
+def half_step(
+    g: Tensor,  # G (…, dim, n)
+    start: Tensor,  # Z (…, k, n): rows, strongest first; the last j of them Gaussian, drawn after G and the others were known
+) -> Tensor:
+    """Half a power step from the right, V <- orth(G Zᵀ), sorted by what each column adds: one product with G where ``power_step`` has two.
+
+    PowerSGD (arXiv:1905.13727) starts from the factor of the step before, Z = VᵀG; Mango starts from its momentum. With j Gaussian rows
+    E‖G - VVᵀG‖² <= (1 - j / dim) ‖G‖² whatever the other rows are (T3): j in the place of j / (dim - k + j), because a start that G
+    maps to zero may waste the other columns.
+
+    Returns:
+        The new basis (…, dim, k) in float32 (float64 for float64 input).
+    """
+    unit = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True).clamp_min(torch.finfo(start.dtype).tiny)
+    new, added = _orthonormalize(g @ unit.to(g.dtype).mT)
+    order = added.argsort(dim=-1, descending=True, stable=True)
+    return new.gather(-1, order.unsqueeze(-2).expand_as(new))
+
+
 def rotation(new: Tensor, old: Tensor) -> Tensor:
     """R = V_newᵀ V_old (…, k_new, k_old): coordinates U in the old basis become R U in the new one."""
     return new.mT @ old.to(new.dtype)

@@ -19,6 +19,7 @@ from mango.subspace import (
     captured_energy,
     estimate_energy,
     gaussian,
+    half_step,
     power_step,
     principal_cosines,
     rotate_moments,
@@ -275,3 +276,33 @@ def test_bad_input(arguments: dict[str, object], message: str) -> None:
 def test_a_gradient_of_another_shape_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"g.shape = \(5, 4\) is not legal: \(4,\) and one more dimension"):
         Subspace(4, 2).step(torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 12])
+@pytest.mark.parametrize("scouts", [1, 3])
+def test_half_step_contracts_with_its_certificate_whatever_it_starts_from(rank: int, scouts: int) -> None:
+    """T3 for the half step, on its worst case: a flat spectrum, and a start that G maps to zero."""
+    if scouts > rank:
+        return
+    dim, n, draws = 20, 32, 4000
+    g = torch.zeros(dim, n)
+    g[:, :dim] = torch.linalg.qr(gaussian((dim, dim), (1,)))[0]
+    blind = torch.zeros(draws, rank - scouts, n)
+    blind[..., dim:] = gaussian((draws, rank - scouts, n - dim), (2,))  # in the null space of G
+    start = torch.cat([blind, gaussian((draws, scouts, n), (3,))], dim=1)
+    basis = half_step(g.expand(draws, -1, -1), start)
+    assert float((basis.mT @ basis - torch.eye(rank)).abs().max()) < 1e-5
+    left = 1 - captured_energy(basis, g)
+    mean, error = float(left.mean()), float(left.std() / draws**0.5)
+    assert mean <= 1 - scouts / dim + 5 * error
+    random = half_step(g.expand(draws, -1, -1), gaussian((draws, rank, n), (4,)))
+    assert float((1 - captured_energy(random, g)).mean()) == pytest.approx(1 - rank / dim, abs=0.01)  # attained by a flat spectrum
+
+
+def test_half_step_from_the_right_singular_vectors_is_exact_and_sorted() -> None:
+    u, _ = torch.linalg.qr(gaussian((24, 24), (1,)))
+    v, _ = torch.linalg.qr(gaussian((40, 40), (2,)))
+    s = 1.5 ** -torch.arange(24.0)
+    g = u @ torch.diag(s) @ v[:, :24].T
+    basis = half_step(g, v[:, [2, 0, 1]].T * torch.tensor([[1e3], [1.0], [1e-3]]))  # any scale and order of the start
+    assert torch.allclose((basis.T @ u[:, :3]).abs(), torch.eye(3), atol=1e-4)

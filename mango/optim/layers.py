@@ -18,13 +18,21 @@ from mango.stacked import Stacked
 from mango.subspace import (
     captured_energy,
     counter_generator,
+    half_step,
     orthonormalize,
-    power_step,
     principal_cosines,
     rotate_moments,
     rotation,
-    scout_alpha,
 )
+
+HALVES_PAY = 1 << 18  # values of a matrix from which bfloat16 products are faster than the conversion costs
+
+
+def bfloat16_units(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,27 @@ class Hyper:
     maximize: bool
     step: int  # 1 for the first
     seed: tuple[int, ...]  # counters that are never used twice: (seed, step, index of the stack)
+    matmul: str = "auto"  # "float32", "bfloat16", or "auto" (see mango.Mango)
+
+
+class Workspace:
+    """Scratch memory that the stacks of an optimizer share, by purpose: fresh pages cost a CPU as much as a pass over them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape whose content is left over; it is valid until the purpose is asked for again."""
+        values = prod(shape)
+        held = self._held.get(purpose)
+        if held is None or held.numel() < values or held.dtype != dtype:
+            held = self._held[purpose] = torch.empty(values, dtype=dtype, device=self.device)
+        return held[:values].view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.nbytes for held in self._held.values())
 
 
 class LayerStack:
@@ -94,37 +123,76 @@ class LayerStack:
         params: Sequence[Tensor],  # layers, each of the stack's shape
         grads: Sequence[Tensor],  # layers, finite
         hyper: Hyper,
-        workspace: Tensor,  # (layers, rows, cols) float32, overwritten
+        workspace: Workspace,
         names: Sequence[str] | None = None,  # asks for diagnostics
     ) -> dict[str, dict[str, float]]:
         """One step of every layer in place. Returns the diagnostics by name, empty unless asked for."""
+        shape = (self.layers, self.rows, self.cols)
         generator = counter_generator(hyper.seed, self.device)
-        h = self.error.compensate(grads, workspace, -1.0 if hyper.maximize else 1.0)
-        a = h if self.rows <= self.cols else h.mT  # (layers, m, n)
+        h = self._compensate(grads, hyper, workspace)  # (layers, rows, cols) float32
+        low = workspace.take("low", shape, torch.bfloat16).copy_(h) if self._halves(hyper) else h  # what is multiplied
+        a = low if self.rows <= self.cols else low.mT  # (layers, m, n)
 
-        shape = (self.layers, self.small, self.rank if hyper.step == 1 else self.scouts)
-        scouts = torch.randn(shape, generator=generator, device=self.device) if shape[-1] else None
         old = self.basis.read()  # (layers, m, r)
-        basis, _ = power_step(old, a, scouts)
-        exact = basis.mT @ a  # (layers, r, n)
+        basis = half_step(a, self._start(hyper, generator)).to(low.dtype)
+        exact = (basis.mT @ a).float()  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
-
-        adam = self._moments(u, rotation(basis, old), hyper)
-        found = self._diagnose(a, basis, exact, u, old, grads, names) if names else {}
-        self._subtract(h, basis, u)  # H - PU
-        self.error.keep(h, generator=generator)
-        if self.plan.residual and self.rank < self.small:
-            h.mul_(self._residual_scale(a, u, adam).unsqueeze(-2 if self.rows <= self.cols else -1))
-        else:
-            h.zero_()
-        self._subtract(h, basis, -adam)  # D
+        adam = self._moments(u, rotation(basis.float(), old), hyper)
+        found = self._diagnose(h, basis.float(), exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(basis)
 
-        if hyper.weight_decay:
-            torch._foreach_mul_(list(params), 1.0 - hyper.lr * hyper.weight_decay)
-        updates = [d.view(param.shape).to(param.dtype) for d, param in zip(h.unbind(0), params, strict=True)]
-        torch._foreach_add_(list(params), updates, alpha=-hyper.lr)
+        product = workspace.take("product", shape, low.dtype)
+        residual = self.plan.residual and self.rank < self.small
+        scale, along = None, adam
+        if self.error.store is not None:
+            h.sub_(self._product(basis, u, product))  # H - PU
+            self.error.keep(h, generator=generator)
+            if residual:
+                scale = self._residual_scale(torch.linalg.vector_norm(h, dim=-2 if self.rows <= self.cols else -1), u, adam)
+        elif residual:  # nothing else needs H - PU: D = H s + P (A - U s), and the residual's norm by Pythagoras
+            whole = torch.linalg.vector_norm(h, dim=-2 if self.rows <= self.cols else -1)  # (layers, n)
+            left = (whole.square() - torch.linalg.vector_norm(exact, dim=-2).square()).clamp_min(0.0).sqrt()
+            scale = self._residual_scale(left, u, adam)
+            along = adam.addcmul_(u, scale.unsqueeze(-2), value=-1.0)
+        scale = None if scale is None else scale.mul_(-hyper.lr)
+        self._apply(params, h, scale, self._product(basis, along.mul_(-hyper.lr), product), hyper)
         return found
+
+    def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor:
+        """H = G + E (layers, rows, cols) float32; the gradient itself where it needs neither error, nor sign, stacking or conversion."""
+        shape = (self.layers, self.rows, self.cols)
+        alone = self.layers == 1 and grads[0].dtype == torch.float32 and grads[0].is_contiguous()
+        if self.error.store is None and alone and not hyper.maximize:
+            return grads[0].view(shape)
+        return self.error.compensate(grads, workspace.take("h", shape, torch.float32), -1.0 if hyper.maximize else 1.0)
+
+    def _halves(self, hyper: Hyper) -> bool:
+        """Whether products are taken in bfloat16."""
+        if hyper.matmul == "auto":
+            return self.rows * self.cols >= HALVES_PAY and bfloat16_units(self.device)
+        return hyper.matmul == "bfloat16"
+
+    def _start(self, hyper: Hyper, generator: torch.Generator) -> Tensor:
+        """Rows that the basis is found from, (layers, r, n): the momentum, strongest row first, and scouts in place of its last rows."""
+        fresh = self.rank if hyper.step == 1 else self.scouts
+        scouts = torch.randn((self.layers, fresh, self.large), generator=generator, device=self.device)
+        return scouts if fresh == self.rank else torch.cat([self.first.read()[:, : self.rank - fresh], scouts], dim=-2)
+
+    def _product(self, basis: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        """basis @ factor in the orientation of the parameters, (layers, rows, cols)."""
+        factor = factor.to(basis.dtype)
+        return torch.bmm(basis, factor, out=out) if self.rows <= self.cols else torch.bmm(factor.mT, basis.mT, out=out)
+
+    def _apply(self, params: Sequence[Tensor], h: Tensor, scale: Tensor | None, product: Tensor, hyper: Hyper) -> None:
+        """W <- (1 - lr weight_decay) W + H diag(scale) + product; ``scale`` and ``product`` hold the learning rate."""
+        decay = 1.0 - hyper.lr * hyper.weight_decay
+        step = product
+        if scale is not None:
+            by_column = scale.unsqueeze(-2 if self.rows <= self.cols else -1)
+            step = (h * by_column if self.error.store is None else h.mul_(by_column)).add_(product)
+        if decay != 1.0:
+            torch._foreach_mul_(list(params), decay)
+        torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(step.unbind(0), params, strict=True)])
 
     def _moments(self, u: Tensor, r: Tensor, hyper: Hyper) -> Tensor:
         """Adam's direction for the factor U (layers, r, n), with the moments carried to the new basis by r (layers, r, r).
@@ -148,32 +216,39 @@ class LayerStack:
         return m.div_(1.0 - beta1**hyper.step).div_(root)
 
     def _residual_scale(self, left: Tensor, u: Tensor, adam: Tensor) -> Tensor:
-        """Column scales (layers, n) of the residual H - PU (layers, m, n): Fira's ‖A_j‖ / ‖U_j‖, bounded.
+        """Column scales (layers, n) of the residual H - PU whose column norms are ``left`` (layers, n): Fira's ‖A_j‖ / ‖U_j‖, bounded.
 
         Fira's ratio has no bound where a column of U happens to be small, and Fira then limits the growth of the whole
         residual from step to step. We bound each column instead: per dimension the residual is never stepped further than the captured
         part, ‖s_j (H - PU)_j‖ / sqrt(m - r) <= ‖A_j‖ / sqrt(r). That needs no state and does not depend on the scale of a column.
         """
-        per_dimension = (self.rank / (self.small - self.rank)) ** 0.5 * torch.linalg.vector_norm(left, dim=-2)
-        bound = torch.maximum(torch.linalg.vector_norm(u, dim=-2), per_dimension)
+        bound = torch.maximum(torch.linalg.vector_norm(u, dim=-2), (self.rank / (self.small - self.rank)) ** 0.5 * left)
         # a dead column (zero gradient, momentum left) must give a finite scale: infinity times its zero residual is not a number
         return torch.linalg.vector_norm(adam, dim=-2) / bound.clamp_min(1e-30)
 
-    def _subtract(self, h: Tensor, basis: Tensor, factor: Tensor) -> None:
-        """h (layers, rows, cols) -= basis @ factor, in the orientation of h."""
-        if self.rows <= self.cols:
-            h.baddbmm_(basis, factor, alpha=-1.0)
-        else:
-            h.baddbmm_(factor.mT, basis.mT, alpha=-1.0)
+    def certified(self, hyper: Hyper) -> float:
+        """T3 and T4: the contraction that H -> P q(PᵀH) has for every H, in expectation over the scouts.
 
-    def certified(self) -> float:
-        """T3 and T4: the contraction that H -> P q(PᵀH) has for every H, in expectation over the scouts."""
-        return scout_alpha(self.small, self.rank, self.scouts) * (self.factor.alpha() if self.factor is not None else 1.0)
+        0 when products are taken in bfloat16: rounding them errs by about 2^-9 ‖H‖, the order of the certificate itself.
+        """
+        if self._halves(hyper):
+            return 0.0
+        basis = 1.0 if self.rank == self.small else self.scouts / self.small
+        return basis * (self.factor.alpha() if self.factor is not None else 1.0)
 
     def _diagnose(
-        self, a: Tensor, basis: Tensor, exact: Tensor, u: Tensor, old: Tensor, grads: Sequence[Tensor], names: Sequence[str]
+        self,
+        h: Tensor,
+        basis: Tensor,
+        exact: Tensor,
+        u: Tensor,
+        old: Tensor,
+        grads: Sequence[Tensor],
+        hyper: Hyper,
+        names: Sequence[str],
     ) -> dict[str, dict[str, float]]:
         """Before H is overwritten: what the compression did to it."""
+        a = h if self.rows <= self.cols else h.mT  # (layers, m, n)
         total = torch.linalg.matrix_norm(a).square()  # (layers,)
         left = torch.linalg.matrix_norm(a - basis @ u).square()
         gradient = torch.stack([torch.linalg.vector_norm(grad.float()) for grad in grads])
@@ -184,5 +259,5 @@ class LayerStack:
             "error_ratio": torch.where(gradient > 0, left.sqrt() / gradient, 0.0),
         }
         rows = torch.stack(list(columns.values()), dim=-1).tolist()
-        fixed = {"certified": self.certified()}
+        fixed = {"certified": self.certified(hyper)}
         return {name: fixed | dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)}

@@ -13,10 +13,11 @@ from torch import Tensor
 from mango.errors import ConfigError
 from mango.optim.adamw import adamw
 from mango.optim.guard import Guard
-from mango.optim.layers import Hyper, LayerStack
+from mango.optim.layers import Hyper, LayerStack, Workspace
 from mango.optim.plan import LayerPlan
 
 SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
+MATMUL = ("auto", "float32", "bfloat16")
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
 
@@ -27,7 +28,7 @@ class Mango(torch.optim.Optimizer):
 
     .. math::
         H &= G + E                                  && \text{gradient and kept error} \\
-        P &= \mathrm{orth}(H H^\top [P', S])         && \text{one warm power step, } S \text{ fresh Gaussian scouts} \\
+        P &= \mathrm{orth}(H [M', S]^\top)           && \text{warm start from the momentum, } S \text{ fresh Gaussian scouts} \\
         U &= P^\top H, \quad R = P^\top P'          && (r, n), (r, r) \\
         M &= \beta_1 R M + (1-\beta_1) U, \quad
         V = \beta_2 (R \circ R) V + (1-\beta_2) U \circ U && \text{rows new to the basis start from U} \\
@@ -54,6 +55,8 @@ class Mango(torch.optim.Optimizer):
         plan: a LayerPlan, a mapping of its fields, or None for plain AdamW.
         maximize: ascend instead.
         seed: with the step it determines the scouts.
+        matmul: "float32", "bfloat16", or "auto": bfloat16 for matrices of at least 2^18 values where the processor has units for it
+            (AVX512-BF16, AMX, CUDA from compute capability 8.0 on). Sums are in float32 and so is what is kept; a step differs by rounding.
 
     Raises:
         ConfigError: for an option that is not legal, a sparse, complex or integer parameter or gradient, or a state that does not
@@ -82,9 +85,11 @@ class Mango(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         seed: int = 0,
+        matmul: str = "auto",
     ) -> None:
         self._prepare()
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plan": plan, "maximize": maximize, "seed": seed}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plan": plan}
+        defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -113,7 +118,7 @@ class Mango(torch.optim.Optimizer):
         self._guard = Guard()
         # parameter -> the stack that its state is a view of; built anew from the state when absent
         self._stacks: dict[Tensor, LayerStack] = {}
-        self._workspace: Tensor | None = None  # only during a step
+        self._workspaces: dict[torch.device, Workspace] = {}
         self._observing = False
         self._diagnostics: dict[str, dict[str, float]] = {}
 
@@ -152,7 +157,6 @@ class Mango(torch.optim.Optimizer):
             for first in range(0, len(items), layers):
                 self._step_stack(items[first : first + layers], index)
                 index += 1
-        self._workspace = None
         return loss
 
     def _step_small(self, items: list[_Item]) -> None:
@@ -191,11 +195,10 @@ class Mango(torch.optim.Optimizer):
             maximize=group["maximize"],
             step=step,
             seed=(group["seed"], step, index),
+            matmul=group["matmul"],
         )
-        values = len(params) * params[0].numel()
-        if self._workspace is None or self._workspace.device != params[0].device or self._workspace.numel() < values:
-            self._workspace = torch.empty(values, device=params[0].device)
-        workspace = self._workspace[:values].view(len(params), stack.rows, stack.cols)
+        device = params[0].device
+        workspace = self._workspaces.setdefault(device, Workspace(device))
         names = [item.name for item in items] if self._observing else None
         self._diagnostics.update(stack.step(params, [item.grad for item in items], hyper, workspace, names))
 
@@ -287,5 +290,7 @@ def _validate(group: dict[str, Any]) -> None:
         raise ConfigError.of("eps", eps, "a finite number >= 0")
     if not 0.0 <= decay < float("inf"):
         raise ConfigError.of("weight_decay", decay, "a finite number >= 0")
+    if group["matmul"] not in MATMUL:
+        raise ConfigError.of("matmul", group["matmul"], "one of " + ", ".join(MATMUL))
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or group["seed"] < 0:
         raise ConfigError.of("seed", group["seed"], "an integer >= 0")
