@@ -32,6 +32,10 @@ class Packed:
         """Bytes of every stored tensor, to the byte; python objects are not counted."""
         return sum(part.nbytes for part in self.parts.values())
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.tensors()).device
+
     def tensors(self) -> Iterator[Tensor]:
         """Every stored tensor, depth first."""
         for part in self.parts.values():

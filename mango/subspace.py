@@ -175,9 +175,16 @@ def half_step(
         The new basis (…, dim, k) in float32 (float64 for float64 input).
     """
     unit = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True).clamp_min(torch.finfo(start.dtype).tiny)
-    new, added = _orthonormalize(g @ unit.to(g.dtype).mT)
+    new, added = _orthonormalize(matmul(g, unit.to(g.dtype).mT))
     order = added.argsort(dim=-1, descending=True, stable=True)
     return new.gather(-1, order.unsqueeze(-2).expand_as(new))
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b. A stack of one matrix is multiplied as a matrix: torch.bmm copies bfloat16 operands that are transposed."""
+    if a.ndim != 3 or b.ndim != 3 or a.shape[0] != 1:
+        return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+    return (torch.mm(a[0], b[0]) if out is None else torch.mm(a[0], b[0], out=out[0])).unsqueeze(0)
 
 
 def rotation(new: Tensor, old: Tensor) -> Tensor:
@@ -197,7 +204,7 @@ def rotate_moments(r: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         r: (…, k', k); m, v: (…, k, n).
     """
-    return r @ m, r.square() @ v
+    return matmul(r, m), matmul(r.square(), v)
 
 
 def captured_energy(basis: Tensor, g: Tensor) -> Tensor:

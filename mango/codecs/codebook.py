@@ -112,7 +112,7 @@ class AbsmaxCodec(Codec):
             if compiled is not None:
                 values = flat[lo:hi] if flat.dtype == torch.float32 else torch.empty(hi - lo)
                 stored = codes[lo * self.bits // 8 : -(-hi * self.bits // 8)]
-                arrays = (stored.numpy(), scales[first:last].numpy(), block, self._levels(), values.numpy())
+                arrays = (stored.numpy(), scales[first:last].numpy(), block, self.level_array(), values.numpy())
                 run(self._decode_loop(compiled), last - first, block, *arrays)
                 if flat.dtype != torch.float32:
                     flat[lo:hi].copy_(values)
@@ -148,7 +148,7 @@ class AbsmaxCodec(Codec):
         """The compiled loop that decodes (codes, scales, block, levels, out)."""
 
     @abstractmethod
-    def _levels(self) -> np.ndarray:
+    def level_array(self) -> np.ndarray:
         """The levels by code, float32."""
 
     @abstractmethod

@@ -147,8 +147,8 @@ class FourBit(AbsmaxCodec):
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
             if compiled is not None:
                 x, into = flat[lo:hi].to(torch.float32), codes[lo // 2 : (hi + 1) // 2]
-                thresholds, order = (table.numpy() for table in _midpoints(self.levels))
-                arrays = (x.numpy(), scales[first:last].numpy(), self.block, thresholds, order, into.numpy())
+                decisions = (table.numpy() for table in _midpoints(self.levels))
+                arrays = (x.numpy(), scales[first:last].numpy(), self.block, *decisions, into.numpy())
                 run(compiled.encode_nibbles, last - first, self.block, *arrays)
                 continue
             x = flat[lo:hi].to(torch.float32).view(-1, width)
@@ -176,7 +176,7 @@ class FourBit(AbsmaxCodec):
     def _decode_loop(self, compiled: ModuleType) -> Callable[..., None]:
         return compiled.decode_nibbles
 
-    def _levels(self) -> np.ndarray:
+    def level_array(self) -> np.ndarray:
         return _level_array(self.levels)
 
     def _lookup(self, codes: Tensor, n: int) -> Tensor:

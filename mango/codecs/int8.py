@@ -82,7 +82,7 @@ class Int8(AbsmaxCodec):
     def _decode_loop(self, compiled: ModuleType) -> Callable[..., None]:
         return compiled.decode_bytes
 
-    def _levels(self) -> np.ndarray:
+    def level_array(self) -> np.ndarray:
         return dynamic_map().numpy()
 
     def _lookup(self, codes: Tensor, n: int) -> Tensor:

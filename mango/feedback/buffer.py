@@ -5,12 +5,16 @@ H_t = G_t + E_{t-1},  the step uses C(H_t),  E_t = H_t - C(H_t)   (Seide et al. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mango import native
+from mango.codecs.fourbit import FourBit
 from mango.errors import ConfigError
+from mango.native.threads import run
 from mango.stacked import Stacked
 
 KINDS = ("none", "gradient", "codec")
@@ -41,6 +45,14 @@ class ErrorBuffer:
         if self.store is None:
             torch._foreach_copy_(rows, list(gradients))
             return out if sign == 1.0 else out.mul_(sign)
+        loop = self._loop()
+        if loop is not None and all(gradient.dtype == torch.float32 and gradient.is_contiguous() for gradient in gradients):
+            codec, stored = self.store.codec, self.store.parts()
+            for row, gradient, codes, scales in zip(rows, gradients, stored["codes"], stored["scales"], strict=True):
+                arrays = (gradient.detach().view(-1).numpy(), np.float32(sign), row.view(-1).numpy())
+                blocks = (self.store.numel // codec.block, codec.block)
+                run(loop, *blocks, codes.numpy(), scales.numpy(), codec.block, codec.level_array(), *arrays)
+            return out
         self.store.read(out)
         torch._foreach_add_(rows, list(gradients), alpha=sign)
         return out
@@ -49,3 +61,13 @@ class ErrorBuffer:
         """Store E = H - C(H), (layers, *shape)."""
         if self.store is not None:
             self.store.write(error, generator=generator, name=name)
+
+    def _loop(self) -> Callable[..., None] | None:
+        """The compiled loop that decodes and adds in one pass, for four-bit codes in whole blocks on the CPU."""
+        if self.store is None or self.store.padding or not isinstance(self.store.codec, FourBit) or self.store.codec.double_quant:
+            return None
+        if not native.ready(self.store.packed.device):
+            return None
+        from mango.native import optim
+
+        return optim.compensate

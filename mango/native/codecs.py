@@ -13,6 +13,7 @@ from numba import njit
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ZERO, ONE, TINY = np.float32(0.0), np.float32(1.0), np.float32(1e-38)
+NONE, UNIT, TWO, FOUR, EIGHT = (np.int32(bit) for bit in (0, 1, 2, 4, 8))
 MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
@@ -66,8 +67,13 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
     x: (n,) float32; scales: (blocks,) float32, at least 1e-38 where the last block is short; thresholds: (15,) float32, sorted;
     order: (16,) uint8, the code of each interval between them; codes: (ceil(n / 2),) uint8, written.
     """
-    found = np.empty(block, np.uint8)
-    unit = np.empty(block, np.float32)
+    unit, found = np.empty(block, np.float32), np.empty(block, np.uint8)
+    halves = found.view(np.uint16)  # the two codes of a byte
+    t0, t1, t2, t3, t4, t5, t6, t7 = thresholds[:8]
+    t8, t9, t10, t11, t12, t13, t14 = thresholds[8:]
+    sorted_codes = True
+    for place in range(16):
+        sorted_codes = sorted_codes and order[place] == place
     for b in range(first, last):
         values, pairs = x[b * block : (b + 1) * block], codes[b * block // 2 : ((b + 1) * block) // 2]
         scale = max(scales[b], TINY)
@@ -79,13 +85,22 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
             for i in range(values.size):
                 unit[i] = values[i] / scale
             unit[values.size :] = ZERO  # the value that fills the last byte
-        for i in range(block):
-            above = np.int32(0)
-            for t in range(15):
-                above += np.int32(unit[i] > thresholds[t])
-            found[i] = above
+        for i in range(block):  # binary search in four rounds of selections, which vectorise where branches would not
+            v = unit[i]
+            c8 = v > t7
+            c4 = v > (t11 if c8 else t3)
+            low, high = t5 if c4 else t1, t13 if c4 else t9
+            c2 = v > (high if c8 else low)
+            e0, e4, e8, e12 = t2 if c2 else t0, t6 if c2 else t4, t10 if c2 else t8, t14 if c2 else t12
+            low, high = e4 if c4 else e0, e12 if c4 else e8
+            c1 = v > (high if c8 else low)
+            code = (EIGHT if c8 else NONE) | (FOUR if c4 else NONE)
+            found[i] = np.uint8(code | (TWO if c2 else NONE) | (UNIT if c1 else NONE))
+        if not sorted_codes:
+            for i in range(block):
+                found[i] = order[found[i]]
         for k in range(pairs.size):
-            pairs[k] = (order[found[2 * k]] << 4) | order[found[2 * k + 1]]
+            pairs[k] = np.uint8(np.uint16(halves[k] << np.uint16(4)) | np.uint16(halves[k] >> np.uint16(8)))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

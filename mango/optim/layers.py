@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mango import codecs
+from mango import codecs, native
 from mango.errors import ConfigError
 from mango.feedback.buffer import ErrorBuffer
+from mango.native.threads import run
 from mango.optim.plan import LayerPlan
 from mango.stacked import Stacked
 from mango.subspace import (
     captured_energy,
     counter_generator,
     half_step,
+    matmul,
     orthonormalize,
     principal_cosines,
     rotate_moments,
@@ -33,6 +36,19 @@ def bfloat16_units(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def column_norms(x: Tensor) -> Tensor:
+    """Norms of the columns of x (layers, rows, cols) float32, (layers, cols)."""
+    if not native.ready(x.device):
+        return torch.linalg.vector_norm(x, dim=-2)
+    from mango.native import optim
+
+    layers, rows, cols = x.shape
+    squares = torch.empty(layers, cols)
+    for values, sums in zip(x.contiguous(), squares, strict=True):
+        run(optim.column_squares, -(-cols // optim.TILE), rows * optim.TILE, values.numpy(), sums.numpy())
+    return squares.sqrt_()
 
 
 @dataclass(frozen=True)
@@ -135,11 +151,12 @@ class LayerStack:
 
         old = self.basis.read()  # (layers, m, r)
         basis = half_step(a, self._start(hyper, generator)).to(low.dtype)
-        exact = (basis.mT @ a).float()  # (layers, r, n)
+        exact = matmul(basis.mT, a).float()  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
-        adam = self._moments(u, rotation(basis.float(), old), hyper)
-        found = self._diagnose(h, basis.float(), exact, u, old, grads, hyper, names) if names else {}
-        self.basis.write(basis)
+        as_used = basis.float()
+        adam = self._moments(u, rotation(as_used, old), hyper)
+        found = self._diagnose(h, as_used, exact, u, old, grads, hyper, names) if names else {}
+        self.basis.write(as_used)
 
         product = workspace.take("product", shape, low.dtype)
         residual = self.plan.residual and self.rank < self.small
@@ -148,14 +165,13 @@ class LayerStack:
             h.sub_(self._product(basis, u, product))  # H - PU
             self.error.keep(h, generator=generator)
             if residual:
-                scale = self._residual_scale(torch.linalg.vector_norm(h, dim=-2 if self.rows <= self.cols else -1), u, adam)
+                scale = self._residual_scale(self._norms(h), u, adam)
         elif residual:  # nothing else needs H - PU: D = H s + P (A - U s), and the residual's norm by Pythagoras
-            whole = torch.linalg.vector_norm(h, dim=-2 if self.rows <= self.cols else -1)  # (layers, n)
-            left = (whole.square() - torch.linalg.vector_norm(exact, dim=-2).square()).clamp_min(0.0).sqrt()
+            left = (self._norms(h).square() - column_norms(exact).square()).clamp_min(0.0).sqrt()
             scale = self._residual_scale(left, u, adam)
             along = adam.addcmul_(u, scale.unsqueeze(-2), value=-1.0)
         scale = None if scale is None else scale.mul_(-hyper.lr)
-        self._apply(params, h, scale, self._product(basis, along.mul_(-hyper.lr), product), hyper)
+        self._apply(params, h, scale, self._product(basis, along.mul_(-hyper.lr), product), hyper, workspace)
         return found
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor:
@@ -181,15 +197,31 @@ class LayerStack:
     def _product(self, basis: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         """basis @ factor in the orientation of the parameters, (layers, rows, cols)."""
         factor = factor.to(basis.dtype)
-        return torch.bmm(basis, factor, out=out) if self.rows <= self.cols else torch.bmm(factor.mT, basis.mT, out=out)
+        return matmul(basis, factor, out) if self.rows <= self.cols else matmul(factor.mT, basis.mT, out)
 
-    def _apply(self, params: Sequence[Tensor], h: Tensor, scale: Tensor | None, product: Tensor, hyper: Hyper) -> None:
-        """W <- (1 - lr weight_decay) W + H diag(scale) + product; ``scale`` and ``product`` hold the learning rate."""
+    def _norms(self, h: Tensor) -> Tensor:
+        """Norms over the smaller dimension of h (layers, rows, cols), (layers, n)."""
+        return torch.linalg.vector_norm(h, dim=-1) if self.rows > self.cols else column_norms(h)
+
+    def _apply(
+        self, params: Sequence[Tensor], h: Tensor, scale: Tensor | None, product: Tensor, hyper: Hyper, workspace: Workspace
+    ) -> None:
+        """W <- (1 - lr weight_decay) W + (H diag(scale) + product); ``scale`` and ``product`` hold the learning rate."""
         decay = 1.0 - hyper.lr * hyper.weight_decay
+        ready = all(param.dtype == torch.float32 and param.is_contiguous() for param in params)
+        if scale is not None and ready and native.ready(self.device):
+            from mango.native import optim
+
+            bits = product.view(torch.uint16) if product.dtype == torch.bfloat16 else product
+            for param, values, by, taken in zip(params, h, scale, bits, strict=True):
+                weights = param.detach().view(self.rows, self.cols).numpy()
+                arrays = (weights, values.numpy(), by.numpy(), self.rows > self.cols, taken.numpy(), np.float32(decay))
+                run(optim.apply, self.rows, self.cols, *arrays)
+            return
         step = product
         if scale is not None:
             by_column = scale.unsqueeze(-2 if self.rows <= self.cols else -1)
-            step = (h * by_column if self.error.store is None else h.mul_(by_column)).add_(product)
+            step = torch.mul(h, by_column, out=workspace.take("h", tuple(h.shape), torch.float32)).add_(product)
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(step.unbind(0), params, strict=True)])
@@ -203,17 +235,20 @@ class LayerStack:
         steps as Adam's own first step does: its corrected moments are U and U².
         """
         beta1, beta2 = hyper.betas
-        m, v = rotate_moments(r, self.first.read(), self.second_root.read().square())
+        dtype = torch.bfloat16 if self._halves(hyper) else torch.float32
+        m, v = (
+            moment.float()
+            for moment in rotate_moments(r.to(dtype), self.first.read().to(dtype), self.second_root.read().square_().to(dtype))
+        )
         new = (1.0 - r.square().sum(dim=-1, keepdim=True)).clamp_(0.0, 1.0)  # (layers, r, 1)
-        m.addcmul_(new, u, value=1.0 - beta1 ** (hyper.step - 1))
-        v.addcmul_(new, u.square(), value=1.0 - beta2 ** (hyper.step - 1))
-        m = m.mul_(beta1).add_(u, alpha=1.0 - beta1)
-        v = v.mul_(beta2).addcmul_(u, u, value=1.0 - beta2)
+        # beta1 (m + new (1 - beta1^(t-1)) u) + (1 - beta1) u, and so for v
+        m.mul_(beta1).addcmul_(new * (beta1 * (1.0 - beta1 ** (hyper.step - 1))) + (1.0 - beta1), u)
+        v.mul_(beta2).addcmul_(new * (beta2 * (1.0 - beta2 ** (hyper.step - 1))) + (1.0 - beta2), u.square())
         root = v.sqrt_()
         self.first.write(m)
         self.second_root.write(root)
-        root.div_((1.0 - beta2**hyper.step) ** 0.5).add_(hyper.eps)
-        return m.div_(1.0 - beta1**hyper.step).div_(root)
+        unbias = 1.0 - beta1**hyper.step
+        return m.div_(root.mul_(unbias / (1.0 - beta2**hyper.step) ** 0.5).add_(hyper.eps * unbias))
 
     def _residual_scale(self, left: Tensor, u: Tensor, adam: Tensor) -> Tensor:
         """Column scales (layers, n) of the residual H - PU whose column norms are ``left`` (layers, n): Fira's ‖A_j‖ / ‖U_j‖, bounded.
@@ -222,9 +257,9 @@ class LayerStack:
         residual from step to step. We bound each column instead: per dimension the residual is never stepped further than the captured
         part, ‖s_j (H - PU)_j‖ / sqrt(m - r) <= ‖A_j‖ / sqrt(r). That needs no state and does not depend on the scale of a column.
         """
-        bound = torch.maximum(torch.linalg.vector_norm(u, dim=-2), (self.rank / (self.small - self.rank)) ** 0.5 * left)
+        bound = torch.maximum(column_norms(u), (self.rank / (self.small - self.rank)) ** 0.5 * left)
         # a dead column (zero gradient, momentum left) must give a finite scale: infinity times its zero residual is not a number
-        return torch.linalg.vector_norm(adam, dim=-2) / bound.clamp_min(1e-30)
+        return column_norms(adam) / bound.clamp_min(1e-30)
 
     def certified(self, hyper: Hyper) -> float:
         """T3 and T4: the contraction that H -> P q(PᵀH) has for every H, in expectation over the scouts.
