@@ -38,8 +38,11 @@ def orthonormalize(x: Tensor) -> Tensor:
     return _orthonormalize(x)[0]
 
 
-def _orthonormalize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Also the diagonal of R in x = V R, (…, min(n, k)): how much each column adds to the span of those before it."""
+def _orthonormalize(x: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
+    """Also the diagonal of R in x = V R, (…, min(n, k)): how much each column adds to the span of those before it.
+
+    ``rough`` asks for no more than bfloat16 resolves: on a CPU one round does where every column adds a twentieth of itself or more.
+    """
     n, k = x.shape[-2:]
     x = x[..., : min(n, k)].to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if x.numel() == 0:
@@ -48,6 +51,8 @@ def _orthonormalize(x: Tensor) -> tuple[Tensor, Tensor]:
     norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (…, k)
     inverse, r1 = _cholesky_inverse(gram / (norm.unsqueeze(-1) * norm.unsqueeze(-2)))
     first = x @ (inverse / norm.unsqueeze(-1))
+    if rough and x.device.type == "cpu" and bool((r1.amin() > 0.05) & (norm.amin() > 1e-15) & (norm.amax() < 1e15)):
+        return first, r1 * norm
     gram = first.mT @ first
     inverse, r2 = _cholesky_inverse(gram)
     basis, diagonal = first @ inverse, r1 * r2 * norm
@@ -175,16 +180,20 @@ def half_step(
         The new basis (…, dim, k) in float32 (float64 for float64 input).
     """
     unit = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True).clamp_min(torch.finfo(start.dtype).tiny)
-    new, added = _orthonormalize(matmul(g, unit.to(g.dtype).mT))
+    new, added = _orthonormalize(matmul(g, unit.to(g.dtype).mT), rough=g.dtype == torch.bfloat16)
     order = added.argsort(dim=-1, descending=True, stable=True)
     return new.gather(-1, order.unsqueeze(-2).expand_as(new))
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b. A stack of one matrix is multiplied as a matrix: torch.bmm copies bfloat16 operands that are transposed."""
-    if a.ndim != 3 or b.ndim != 3 or a.shape[0] != 1:
+    """a @ b. On a CPU large matrices of a stack are multiplied one by one: torch.bmm copies bfloat16 operands that are transposed."""
+    if a.ndim != 3 or a.device.type != "cpu" or a[0].numel() + b[0].numel() < 1 << 17:
         return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
-    return (torch.mm(a[0], b[0]) if out is None else torch.mm(a[0], b[0], out=out[0])).unsqueeze(0)
+    if out is None:
+        out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=a.dtype)
+    for one, other, result in zip(a, b, out, strict=True):
+        torch.mm(one, other, out=result)
+    return out
 
 
 def rotation(new: Tensor, old: Tensor) -> Tensor:

@@ -460,3 +460,23 @@ def test_error_buffer_kinds() -> None:
         assert torch.allclose(buffer.compensate(grads, out, -1.0), expected, atol=1e-6)
     with pytest.raises(ConfigError, match=r"error = 'sometimes' is not legal: one of none, gradient, codec"):
         ErrorBuffer("sometimes", "nf4", 1, (4, 4), device)
+
+
+@pytest.mark.parametrize("error", ["codec", "none"])
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
+def test_bfloat16_products_differ_by_rounding_alone(error: str, shape: tuple[int, int]) -> None:
+    weights = {}
+    for matmul in ("float32", "bfloat16"):
+        param = matrix(*shape)
+        optimizer = Mango([("w", param)], lr=0.01, plan=LayerPlan(rank=12, error=error), matmul=matmul)
+        optimizer.observe()
+        steady = gaussian(shape, (1,))
+        for step in range(5):
+            push(optimizer, [(param, steady + 0.1 * gaussian(shape, (2, step)))])
+        weights[matmul] = param.detach().clone()
+        assert (optimizer.diagnostics()["w"]["certified"] == 0.0) == (matmul == "bfloat16")
+    start = matrix(*shape).detach()
+    moved, apart = weights["float32"] - start, weights["float32"] - weights["bfloat16"]
+    assert float(apart.norm() / moved.norm()) < 0.15
+    with pytest.raises(ConfigError, match="matmul = 'tf32' is not legal"):
+        Mango([matrix()], matmul="tf32")

@@ -306,3 +306,16 @@ def test_half_step_from_the_right_singular_vectors_is_exact_and_sorted() -> None
     g = u @ torch.diag(s) @ v[:, :24].T
     basis = half_step(g, v[:, [2, 0, 1]].T * torch.tensor([[1e3], [1.0], [1e-3]]))  # any scale and order of the start
     assert torch.allclose((basis.T @ u[:, :3]).abs(), torch.eye(3), atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_half_step_in_bfloat16_finds_the_same_subspace(layers: int) -> None:
+    g = gaussian((layers, 300, 500), (1,)) @ torch.diag(1.05 ** -torch.arange(500.0))
+    start = gaussian((layers, 16, 500), (2,))
+    exact, rounded = half_step(g, start), half_step(g.bfloat16(), start)
+    assert float((rounded.mT @ rounded - torch.eye(16)).abs().max()) < 2**-9
+    assert float(captured_energy(rounded, g).min()) == pytest.approx(float(captured_energy(exact, g).min()), abs=2e-3)
+    dependent = start.clone()
+    dependent[:, 8:] = dependent[:, :8]  # too ill-conditioned for one round
+    basis = half_step(g.bfloat16(), dependent)
+    assert float((basis.mT @ basis - torch.eye(16)).abs().max()) < 2**-9
