@@ -33,6 +33,7 @@ EXTRAS = {
         "wandb": "wandb",
         "safetensors": "safetensors",
     },
+    "llama": {"transformers": "transformers", "accelerate": "accelerate", "peft": "peft"},
     "theory": {"sympy": "sympy", "scipy": "scipy", "PEPit": "PEPit"},
     "workflow": {"snakemake": "snakemake", "pygments": "pygments"},
     "notebooks": {"papermill": "papermill", "ipykernel": "ipykernel", "matplotlib": "matplotlib", "pandas": "pandas"},
