@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 from dataclasses import replace
@@ -15,6 +16,7 @@ from mango import LayerPlan, Mango, codecs
 from mango.errors import ConfigError, NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.optim.adamw import adamw
+from mango.optim.mango import matrix_count, matrix_shape
 from mango.stacked import Stacked
 from mango.subspace import counter_generator, gaussian
 
@@ -90,7 +92,7 @@ def test_matches_the_update_rule_in_float64(shape: tuple[int, ...], error: str, 
     for step in range(1, 7):
         grad = steady + 0.05 * gaussian((*shape, 1), (2, step))[..., 0].flatten(1)
         push(optimizer, [(param, grad.view(shape))])
-        reference.step(grad, (5, step, 0))
+        reference.step(grad, (5, step, 0, 0))
         assert torch.allclose(param.detach().flatten(1).double(), reference.w, atol=2e-4), step
 
 
@@ -230,13 +232,14 @@ def test_bytes_equal_the_codecs_own_count(shape: tuple[int, ...], error: str) ->
     optimizer = Mango([param], plan=plan)
     assert optimizer.nbytes() == 0
     push(optimizer, [(param, torch.ones_like(param))])
-    rows, cols = shape[0], param[0].numel()
+    experts, (rows, cols) = matrix_count(shape), matrix_shape(shape)
     small, large, rank = min(rows, cols), max(rows, cols), plan.columns(rows, cols)
     pad = lambda values, block: -(-values // block) * block  # noqa: E731
     moment, held = codecs.get(plan.moment_codec), codecs.get(plan.error_codec)
     expected = codecs.get(plan.basis_codec).nbytes((small * rank,)) + 2 * moment.nbytes((pad(rank * large, moment.block),))
     expected += {"none": 0, "gradient": 4 * rows * cols, "codec": held.nbytes((pad(rows * cols, held.block),))}[error]
-    assert optimizer.nbytes() == expected
+    assert experts == (3 if len(shape) == 3 else 1)
+    assert optimizer.nbytes() == experts * expected
 
 
 def test_state_is_plain_and_resumes_across_changed_membership() -> None:
@@ -480,3 +483,132 @@ def test_bfloat16_products_differ_by_rounding_alone(error: str, shape: tuple[int
     assert float(apart.norm() / moved.norm()) < 0.15
     with pytest.raises(ConfigError, match="matmul = 'tf32' is not legal"):
         Mango([matrix()], matmul="tf32")
+
+
+# ---------------------------------------------------------------- stepping inside the backward pass
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(40, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 5))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    return gaussian((16, 40), (7, step)), gaussian((16, 5), (8, step))
+
+
+def train(model: nn.Module, optimizer: Mango, steps: range, parts: int = 1) -> None:
+    for step in steps:
+        for part in range(parts):
+            x, y = batch(step * parts + part)
+            loss = (model(x) - y).square().mean() / parts
+            if part < parts - 1:
+                with optimizer.accumulate():
+                    loss.backward()
+            else:
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_fused_backward_takes_the_same_steps(parts: int) -> None:
+    results = []
+    for fused in (False, True):
+        model = network()
+        optimizer = Mango(model.named_parameters(), lr=1e-2, plan=LayerPlan(rank=8), weight_decay=0.1, fuse_backward=fused)
+        train(model, optimizer, range(5), parts)
+        results.append([param.detach().clone() for param in model.parameters()])
+    for one, two in zip(*results, strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
+def test_fused_backward_holds_one_gradient_at_a_time() -> None:
+    model = network()
+    optimizer = Mango(model.parameters(), fuse_backward=True)
+    held: list[int] = []
+    for param in model.parameters():  # called after Mango's own hook
+        param.register_post_accumulate_grad_hook(lambda _: held.append(sum(p.grad is not None for p in model.parameters())))
+    x, y = batch(0)
+    (model(x) - y).square().mean().backward()
+    assert held == [0] * 6
+    assert all(optimizer.state[param]["step"] == 1 for param in model.parameters())
+    with optimizer.accumulate():
+        (model(x) - y).square().mean().backward()
+    assert all(param.grad is not None and optimizer.state[param]["step"] == 1 for param in model.parameters())
+
+
+def test_fused_backward_clips_by_the_norm_of_the_rounds_before_and_resumes_with_it() -> None:
+    model = network()
+    optimizer = Mango(model.named_parameters(), lr=1e-2, fuse_backward=True, max_norm=1e-3)
+    train(model, optimizer, range(2))
+    running = optimizer.param_groups[0]["running_norm"]
+    reference = network()  # unclipped gradients of the first round
+    x, y = batch(0)
+    (reference(x) - y).square().mean().backward()
+    first = torch.stack([param.grad.norm() for param in reference.parameters() if param.grad is not None]).norm()
+    assert 0.5 * float(first) < running < 2 * float(first)
+    copy = network()
+    copy.load_state_dict(model.state_dict())
+    other = Mango(copy.named_parameters(), lr=1e-2, fuse_backward=True, max_norm=1e-3)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    train(model, optimizer, range(2, 5))
+    train(copy, other, range(2, 5))
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), copy.parameters(), strict=True))
+    with pytest.raises(ConfigError, match=r"max_norm = 1\.0 is not legal"):
+        Mango(network().parameters(), max_norm=1.0)
+
+
+def test_an_optimizer_that_is_gone_does_not_step() -> None:
+    model = network()
+    Mango(model.parameters(), fuse_backward=True)
+    gc.collect()
+    before = [param.detach().clone() for param in model.parameters()]
+    x, y = batch(0)
+    (model(x) - y).square().mean().backward()
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+    assert all(param.grad is not None for param in model.parameters())
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def test_experts_are_stepped_as_matrices_of_their_own() -> None:
+    stack = nn.Parameter(gaussian((3, 64, 96), (0,)))
+    alone = [nn.Parameter(stack.detach()[part].clone()) for part in range(3)]
+    plan = LayerPlan(rank=8, scouts=0)
+    together, apart = Mango([("experts", stack)], lr=0.01, plan=plan), Mango(alone, lr=0.01, plan=plan)
+    steady = gaussian((3, 64, 96), (1,))
+    for step in range(3):
+        push(together, [(stack, steady + 0.1 * step)])
+        push(apart, [(param, steady[part] + 0.1 * step) for part, param in enumerate(alone)])
+    bases = together.state[stack]["basis.values"].view(3, 64, 8).float()
+    assert float((bases.mT @ bases - torch.eye(8)).abs().max()) < 0.02
+    assert together.nbytes() == apart.nbytes()
+    # the scouts of the first step differ, so the bases do too; the steps are as long
+    assert float((stack.detach() - steady).norm()) > 0
+    moved = [float((stack.detach()[part] - gaussian((3, 64, 96), (0,))[part]).norm()) for part in range(3)]
+    moved_alone = [float((param.detach() - gaussian((3, 64, 96), (0,))[part]).norm()) for part, param in enumerate(alone)]
+    assert moved == pytest.approx(moved_alone, rel=0.1)
+    again = Mango([("experts", nn.Parameter(stack.detach().clone()))], lr=0.01, plan=plan)
+    again.load_state_dict(together.state_dict())
+    twin = again.param_groups[0]["params"][0]
+    push(together, [(stack, steady)])
+    push(again, [(twin, steady)])
+    assert torch.equal(stack, twin)
+    window = Mango([nn.Parameter(torch.zeros(64, 64, 3))])  # a one-dimensional convolution folds
+    push(window, [(window.param_groups[0]["params"][0], torch.ones(64, 64, 3))])
+    assert window.state[window.param_groups[0]["params"][0]]["basis.values"].numel() == 64 * 8
+
+
+def test_scouts_do_not_depend_on_which_other_parameters_have_gradients() -> None:
+    results = []
+    for with_other in (False, True):
+        one, two = matrix(seed=0), matrix(seed=1)
+        optimizer = Mango([("one", one), ("two", two)], plan=LayerPlan(rank=8))
+        push(optimizer, [(two, gaussian((64, 96), (1,)))] + ([(one, gaussian((64, 96), (2,)))] if with_other else []))
+        results.append(two.detach().clone())
+    assert torch.allclose(results[0], results[1], atol=1e-6)

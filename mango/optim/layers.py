@@ -61,7 +61,7 @@ class Hyper:
     weight_decay: float
     maximize: bool
     step: int  # 1 for the first
-    seed: tuple[int, ...]  # counters that are never used twice: (seed, step, index of the stack)
+    seeds: Sequence[tuple[int, ...]]  # for each layer, counters that are never used twice: (seed, step, parameter, expert)
     matmul: str = "auto"  # "float32", "bfloat16", or "auto" (see mango.Mango)
 
 
@@ -92,14 +92,14 @@ class LayerStack:
 
     Args:
         plan: as of the group.
-        shape: of one parameter; more than two dimensions fold to (shape[0], product of the rest).
+        shape: of one matrix, (rows, cols).
         layers: how many.
         device: of the parameters.
         name: of the first, for messages.
     """
 
-    def __init__(self, plan: LayerPlan, shape: Sequence[int], layers: int, device: torch.device, name: str) -> None:
-        rows, cols = shape[0], prod(shape[1:])
+    def __init__(self, plan: LayerPlan, shape: tuple[int, int], layers: int, device: torch.device, name: str) -> None:
+        rows, cols = shape
         self.plan, self.rows, self.cols, self.layers, self.device = plan, rows, cols, layers, device
         self.small, self.large = min(rows, cols), max(rows, cols)
         self.rank = plan.columns(rows, cols, name)
@@ -118,13 +118,13 @@ class LayerStack:
             stores["error"] = self.error.store
         return {f"{quantity}.{part}": tensor for quantity, store in stores.items() for part, tensor in store.parts().items()}
 
-    def views(self, layer: int) -> dict[str, Tensor]:
-        """The state of one layer: views of the stack."""
-        return {name: part[layer] for name, part in self.parts().items()}
+    def views(self, first: int, count: int) -> dict[str, Tensor]:
+        """The state of the layers of one parameter: views of the stack, (count, …), or (…) for a single layer."""
+        return {name: part[first] if count == 1 else part[first : first + count] for name, part in self.parts().items()}
 
-    def load(self, layer: int, state: Mapping[str, Any], name: str) -> None:
-        """Copy one layer's saved tensors in. Raises ConfigError when they do not fit the plan."""
-        views = self.views(layer)
+    def load(self, first: int, count: int, state: Mapping[str, Any], name: str) -> None:
+        """Copy one parameter's saved tensors in. Raises ConfigError when they do not fit the plan."""
+        views = self.views(first, count)
         for part in views.keys() | (state.keys() - {"step"}):
             saved, own = state.get(part), views.get(part)
             if own is None or not isinstance(saved, Tensor) or saved.shape != own.shape or saved.dtype != own.dtype:
@@ -144,13 +144,14 @@ class LayerStack:
     ) -> dict[str, dict[str, float]]:
         """One step of every layer in place. Returns the diagnostics by name, empty unless asked for."""
         shape = (self.layers, self.rows, self.cols)
-        generator = counter_generator(hyper.seed, self.device)
+        generators = [counter_generator(seed, self.device) for seed in hyper.seeds]
+        generator = generators[0]  # also for codecs that draw
         h = self._compensate(grads, hyper, workspace)  # (layers, rows, cols) float32
         low = workspace.take("low", shape, torch.bfloat16).copy_(h) if self._halves(hyper) else h  # what is multiplied
         a = low if self.rows <= self.cols else low.mT  # (layers, m, n)
 
         old = self.basis.read()  # (layers, m, r)
-        basis = half_step(a, self._start(hyper, generator)).to(low.dtype)
+        basis = half_step(a, self._start(hyper, generators)).to(low.dtype)
         exact = matmul(basis.mT, a).float()  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
@@ -188,10 +189,11 @@ class LayerStack:
             return self.rows * self.cols >= HALVES_PAY and bfloat16_units(self.device)
         return hyper.matmul == "bfloat16"
 
-    def _start(self, hyper: Hyper, generator: torch.Generator) -> Tensor:
+    def _start(self, hyper: Hyper, generators: Sequence[torch.Generator]) -> Tensor:
         """Rows that the basis is found from, (layers, r, n): the momentum, strongest row first, and scouts in place of its last rows."""
         fresh = self.rank if hyper.step == 1 else self.scouts
-        scouts = torch.randn((self.layers, fresh, self.large), generator=generator, device=self.device)
+        drawn = [torch.randn((fresh, self.large), generator=generator, device=self.device) for generator in generators]
+        scouts = torch.stack(drawn)  # (layers, fresh, n)
         return scouts if fresh == self.rank else torch.cat([self.first.read()[:, : self.rank - fresh], scouts], dim=-2)
 
     def _product(self, basis: Tensor, factor: Tensor, out: Tensor) -> Tensor:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mango.errors import ConfigError
 from mango.optim.adamw import adamw
+from mango.optim.fused import FusedBackward
 from mango.optim.guard import Guard
 from mango.optim.layers import Hyper, LayerStack, Workspace
 from mango.optim.plan import LayerPlan
 
+EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
 SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
 MATMUL = ("auto", "float32", "bfloat16")
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
@@ -57,6 +60,9 @@ class Mango(torch.optim.Optimizer):
         seed: with the step it determines the scouts.
         matmul: "float32", "bfloat16", or "auto": bfloat16 for matrices of at least 2^18 values where the processor has units for it
             (AVX512-BF16, AMX, CUDA from compute capability 8.0 on). Sums are in float32 and so is what is kept; a step differs by rounding.
+        fuse_backward: step each parameter as soon as its gradient is complete, during ``backward``, and free the gradient: at its peak one
+            layer's gradient is held. ``step()`` then ends the round (see mango.optim.fused for accumulation and clipping).
+        max_norm: with ``fuse_backward``, clip gradients to this norm, as estimated from the rounds before.
 
     Raises:
         ConfigError: for an option that is not legal, a sparse, complex or integer parameter or gradient, or a state that does not
@@ -86,11 +92,18 @@ class Mango(torch.optim.Optimizer):
         maximize: bool = False,
         seed: int = 0,
         matmul: str = "auto",
+        fuse_backward: bool = False,
+        max_norm: float | None = None,
     ) -> None:
+        if max_norm is not None and not (fuse_backward and 0.0 < max_norm < float("inf")):
+            raise ConfigError.of("max_norm", max_norm, "a number > 0 with fuse_backward=True; without it, torch.nn.utils.clip_grad_norm_")
+        self._fused: FusedBackward | None = None
         self._prepare()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plan": plan}
         defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul}
         super().__init__(params, defaults)
+        if fuse_backward:
+            self._fused = FusedBackward(self, max_norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -100,22 +113,35 @@ class Mango(torch.optim.Optimizer):
             if group["plan"] is not None:
                 plan = LayerPlan.of(group["plan"])
                 group["plan"] = plan.plain()  # plain values, so that state_dict loads with weights_only=True
-            for position, param in enumerate(group["params"]):
-                name = self._name(group, position)
+            self._register(group)
+            for param in group["params"]:
+                name = self._places[param].name
                 if not param.is_floating_point():
                     raise ConfigError.of(f"{name}.dtype", param.dtype, "a real floating point type")
                 if group["plan"] is not None and _is_matrix(param):
-                    plan.columns(param.shape[0], prod(param.shape[1:]), name)
+                    plan.columns(*matrix_shape(param.shape), name)
         except ConfigError:
             self.param_groups.pop()
+            for param in group["params"]:
+                self._places.pop(param, None)
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_fused", None)  # a copy has parameters of its own, without hooks
         self._prepare()
+        for group in self.param_groups:
+            self._register(group)
+
+    def _register(self, group: dict[str, Any]) -> None:
+        number = next(number for number, other in enumerate(self.param_groups) if other is group)
+        names = group.get("param_names") or [f"param_groups[{number}]['params'][{place}]" for place in range(len(group["params"]))]
+        for param, name in zip(group["params"], names, strict=True):
+            self._places[param] = _Place(group, name, len(self._places))
 
     def _prepare(self) -> None:
         self._guard = Guard()
+        self._places: dict[Tensor, _Place] = {}
         # parameter -> the stack that its state is a view of; built anew from the state when absent
         self._stacks: dict[Tensor, LayerStack] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
@@ -129,38 +155,42 @@ class Mango(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = [
-            (group, param, self._name(group, position))
-            for group in self.param_groups
-            for position, param in enumerate(group["params"])
-            if param.grad is not None
-        ]
-        for _, param, name in active:
-            if param.grad.is_sparse or param.grad.is_complex():
-                raise ConfigError.of(f"{name}.grad", "sparse" if param.grad.is_sparse else "complex", "a dense real gradient")
-        grads = self._guard.admit([param.grad for _, param, _ in active], [name for _, _, name in active])
-        self._diagnostics = {}
+        if self._fused is not None:
+            self._fused.finish()
+        self._advance([param for group in self.param_groups for param in group["params"] if param.grad is not None])
+        return loss
+
+    def _advance(self, params: list[Tensor]) -> None:
+        """Step these parameters, which have gradients."""
+        for param in params:
+            grad, name = param.grad, self._places[param].name
+            assert grad is not None
+            if grad.is_sparse or grad.is_complex():
+                raise ConfigError.of(f"{name}.grad", "sparse" if grad.is_sparse else "complex", "a dense real gradient")
+        grads = self._guard.admit(
+            [param.grad for param in params if param.grad is not None], [self._places[param].name for param in params]
+        )
+        if self._fused is None:
+            self._diagnostics = {}
         small: dict[tuple[Any, ...], list[_Item]] = {}
         large: dict[tuple[Any, ...], list[_Item]] = {}
-        for (group, param, name), grad in zip(active, grads, strict=True):
-            item = _Item(param, grad, name, group)
-            if group["plan"] is None or not _is_matrix(param):
-                small.setdefault((id(group), param.device), []).append(item)
+        for param, grad in zip(params, grads, strict=True):
+            place = self._places[param]
+            item = _Item(param, grad, place)
+            if place.group["plan"] is None or not _is_matrix(param):
+                small.setdefault((id(place.group), param.device), []).append(item)
             else:
                 step = self.state[param].get("step", 0)
-                large.setdefault((id(group), param.shape, param.dtype, param.device, step), []).append(item)
+                large.setdefault((id(place.group), param.shape, param.dtype, param.device, step), []).append(item)
         for items in small.values():
             self._step_small(items)
-        index = 0
         for items in large.values():
             layers = max(1, STACK_VALUES // items[0].param.numel())
             for first in range(0, len(items), layers):
-                self._step_stack(items[first : first + layers], index)
-                index += 1
-        return loss
+                self._step_stack(items[first : first + layers])
 
     def _step_small(self, items: list[_Item]) -> None:
-        group, params = items[0].group, [item.param for item in items]
+        group, params = items[0].place.group, [item.param for item in items]
         for param in params:
             state = self.state[param]
             if not state:
@@ -181,8 +211,8 @@ class Mango(torch.optim.Optimizer):
             maximize=group["maximize"],
         )
 
-    def _step_stack(self, items: list[_Item], index: int) -> None:
-        group, params = items[0].group, [item.param for item in items]
+    def _step_stack(self, items: list[_Item]) -> None:
+        group, params = items[0].place.group, [item.param for item in items]
         stack = self._stack(items)
         for param in params:
             self.state[param]["step"] += 1
@@ -194,26 +224,30 @@ class Mango(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
             step=step,
-            seed=(group["seed"], step, index),
+            seeds=[(group["seed"], step, item.place.number, part) for item in items for part in range(matrix_count(item.param.shape))],
             matmul=group["matmul"],
         )
         device = params[0].device
         workspace = self._workspaces.setdefault(device, Workspace(device))
-        names = [item.name for item in items] if self._observing else None
-        self._diagnostics.update(stack.step(params, [item.grad for item in items], hyper, workspace, names))
+        matrices = [part for item in items for part in as_matrices(item.param)]
+        gradients = [part for item in items for part in as_matrices(item.grad)]
+        names = [name for item in items for name in item.names()] if self._observing else None
+        self._diagnostics.update(stack.step(matrices, gradients, hyper, workspace, names))
 
     def _stack(self, items: list[_Item]) -> LayerStack:
         """The stack whose members are exactly these parameters; formed anew, from their states, when the members changed."""
-        params = [item.param for item in items]
-        stack = self._stacks.get(params[0])
-        if stack is not None and stack.layers == len(params) and all(self._stacks.get(param) is stack for param in params):
+        first = items[0].param
+        each = matrix_count(first.shape)
+        stack = self._stacks.get(first)
+        if stack is not None and stack.layers == each * len(items) and all(self._stacks.get(item.param) is stack for item in items):
             return stack
-        stack = LayerStack(LayerPlan.of(items[0].group["plan"]), params[0].shape, len(params), params[0].device, items[0].name)
-        for layer, item in enumerate(items):
+        shape = matrix_shape(first.shape)
+        stack = LayerStack(LayerPlan.of(items[0].place.group["plan"]), shape, each * len(items), first.device, items[0].place.name)
+        for number, item in enumerate(items):
             state = self.state[item.param]
             if state:
-                stack.load(layer, state, item.name)
-            self.state[item.param] = {"step": state.get("step", 0), **stack.views(layer)}
+                stack.load(number * each, each, state, item.place.name)
+            self.state[item.param] = {"step": state.get("step", 0), **stack.views(number * each, each)}
             self._stacks[item.param] = stack
         return stack
 
@@ -223,14 +257,14 @@ class Mango(torch.optim.Optimizer):
         saved = state_dict["state"]
         super().load_state_dict({**state_dict, "state": {}})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        places = [(group, position) for group in self.param_groups for position in range(len(group["params"]))]
-        for number, (group, position) in zip(numbers, places, strict=True):
+        for number, (param, (group, name, _)) in zip(numbers, self._places.items(), strict=True):
             if number not in saved:
                 continue
-            param, name = group["params"][position], self._name(group, position)
             state = {key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value for key, value in saved[number].items()}
             if group["plan"] is not None and _is_matrix(param):
-                LayerStack(LayerPlan.of(group["plan"]), param.shape, 1, param.device, name).load(0, state, name)
+                each = matrix_count(param.shape)
+                stack = LayerStack(LayerPlan.of(group["plan"]), matrix_shape(param.shape), each, param.device, name)
+                stack.load(0, each, state, name)
             else:
                 for key in ("exp_avg", "exp_avg_sq"):
                     if key not in state or state[key].shape != param.shape:
@@ -241,6 +275,10 @@ class Mango(torch.optim.Optimizer):
         """Tensors and plain numbers only: it loads with ``torch.load(weights_only=True)``."""
         self._guard.settle()
         return super().state_dict()
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """``with optimizer.accumulate():`` gradients of the backward passes inside add up; nothing is stepped by ``fuse_backward``."""
+        return nullcontext() if self._fused is None else self._fused.hold()
 
     def nbytes(self) -> int:
         """Bytes of every tensor kept between steps: bases, moments, errors and their scales."""
@@ -259,11 +297,13 @@ class Mango(torch.optim.Optimizer):
         """
         return dict(self._diagnostics)
 
-    def _name(self, group: dict[str, Any], position: int) -> str:
-        if "param_names" in group:
-            return group["param_names"][position]
-        number = next(index for index, other in enumerate(self.param_groups) if other is group)
-        return f"param_groups[{number}]['params'][{position}]"
+
+class _Place(NamedTuple):
+    """Where a parameter stands: its group, its name for messages, and its number, which never changes."""
+
+    group: dict[str, Any]
+    name: str
+    number: int
 
 
 @dataclass(slots=True)
@@ -272,12 +312,31 @@ class _Item:
 
     param: Tensor
     grad: Tensor
-    name: str
-    group: dict[str, Any]
+    place: _Place
+
+    def names(self) -> list[str]:
+        """Of its matrices."""
+        each = matrix_count(self.param.shape)
+        return [self.place.name] if each == 1 else [f"{self.place.name}[{part}]" for part in range(each)]
 
 
 def _is_matrix(param: Tensor) -> bool:
     return param.ndim >= 2 and param.numel() >= SMALLEST
+
+
+def matrix_count(shape: Sequence[int]) -> int:
+    """How many matrices a parameter holds: shape[0] for a stack of experts (three dimensions, of which the last two are at least 32)."""
+    return shape[0] if len(shape) == 3 and min(shape[1:]) >= EXPERT else 1
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Of each of its matrices: (shape[1], shape[2]) in a stack of experts, else (shape[0], product of the rest), as convolutions fold."""
+    return (shape[1], shape[2]) if matrix_count(shape) > 1 else (shape[0], prod(shape[1:]))
+
+
+def as_matrices(tensor: Tensor) -> list[Tensor]:
+    """Views of the matrices."""
+    return list(tensor.detach().unbind(0)) if matrix_count(tensor.shape) > 1 else [tensor]
 
 
 def _validate(group: dict[str, Any]) -> None:
