@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mango import Subspace
+from mango.subspace import half_step
 from theory import search
 from theory.algebra import everywhere, identity, letters, nonnegative, transpose, words
 from theory.base import Case, Check, Step, Theorem
@@ -39,6 +40,8 @@ so $G\mapsto GQQ^\top$ is $\alpha$-contractive with $\alpha=j/(n-k+j)$, and no l
 $(1-\alpha)\|G\|^2$ iff $GV=0$. The same $\alpha$ holds after a power step from $Q$ (T2). Vectors $Z$ with Rademacher or coordinate
 entries do
 not suffice, and scouts that $G$ may depend on, such as reused ones, give $\alpha=0$.
+Half a step needs one product less: if the span of $Q$ contains the columns of $G^\top[Y,Z]$ for any $Y\in\mathbb{R}^{m\times(k-j)}$ and a
+Gaussian $Z\in\mathbb{R}^{m\times j}$ independent of $(Y,G)$, then $\mathbb{E}\|G-GQQ^\top\|^2\le(1-j/n)\|G\|^2$.
 """
 
 
@@ -115,6 +118,35 @@ def proof() -> list[Step]:
             words(residual, {g * v: 0, g * s: 0}),
             g,
         ),
+        *_half_step(),
+    ]
+
+
+def _half_step() -> list[Step]:
+    left, last, d, j, n = sp.symbols("i l d j n", positive=True)
+    weights, values = sp.symbols("w1:4", nonnegative=True), sp.symbols("lambda1:4", nonnegative=True)
+    pairs = [(a, b) for a in range(3) for b in range(a)]
+    moments = [sum(w * value**power for w, value in zip(weights, values, strict=True)) for power in range(3)]
+    return [
+        identity(
+            r"Half step. Let $G'$ be what the columns of $G^\top Y$ leave of $G$, $d=\operatorname{rank}G'\le n$, $\lambda_i$ the nonzero "
+            r"eigenvalues of $G'G'^\top$ and $w_i$ the squares of $Z$'s first column in its eigenbasis. That column adds "
+            r"$\|G'G'^\top z\|^2/\|G'^\top z\|^2=\sum\lambda_i^2w_i/\sum\lambda_iw_i\ge\sum\lambda_iw_i/\sum w_i$, by Lagrange's identity "
+            r"(three terms; the general one is the sum over pairs).",
+            moments[2] * moments[0] - moments[1] ** 2,
+            sum(weights[a] * weights[b] * (values[a] - values[b]) ** 2 for a, b in pairs),
+        ),
+        identity(
+            r"The $w_i/\sum w$ are exchangeable and sum to 1, so each has mean $1/d$: the column adds $\|G'\|^2/d$ in the mean, leaving a "
+            r"matrix of rank $d-1$. After $i$ columns $1-\frac id$ is left, and one more leaves",
+            (1 - left / d) * (1 - 1 / (d - left)),
+            1 - (left + 1) / d,
+        ),
+        nonnegative(
+            r"so that after all, with $n=d+l$, $(1-\frac jn)-(1-\frac jd)=\frac{jl}{d(d+l)}\ge0$: the bound holds whatever $Y$ is.",
+            (1 - j / n).subs(n, d + last) - (1 - j / d),
+            [j * last / (d * (d + last))],
+        ),
     ]
 
 
@@ -161,11 +193,39 @@ def check(seed: int) -> Check:
         cases.append(Case(f"{label}: flat complement, constructed", bound, float(flat.max()), rounding=1e-12, within=1e-9))
         line = scout_errors(dim, rank, scouts, 4096, seed, flat=False)
         cases.append(Case(f"{label}: one hidden direction, standard errors from the bound", 5.0, _sigmas(line, bound)))
+    cases += half_step_cases(seed)
     attacks = adversary(seed)
     for attack, sigmas in attacks["sigmas"].items():
         cases.append(Case(f"n=12, k=4, j=2: {attack} on fresh scouts, standard errors above the bound", 5.0, sigmas))
     cases.append(Case("n=48, k=8, j=2: mean error after mango's step, stuck example", 1.0 - 2 / 42, _after_step(seed)))
     return Check(tuple(cases), control(seed), {"attacks": attacks, "effect": effect(seed)})
+
+
+def half_step_cases(seed: int, dim: int = 12, draws: int = 4096) -> list[Case]:
+    """``mango.subspace.half_step``: its worst case, which a flat spectrum attains, and starts that are blind to G or made from it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def gaussian(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    flat = torch.zeros(dim, 20, dtype=torch.float64)
+    flat[:, :dim] = torch.linalg.qr(gaussian(dim, dim)).Q
+    steep = flat * 0.5 ** torch.arange(20)
+    blind = torch.zeros(draws, 2, 20, dtype=torch.float64)
+    blind[..., dim:] = gaussian(draws, 2, 20 - dim)  # G maps it to zero
+    cases = []
+    for label, g, others in (("flat", flat, blind), ("steep", steep, blind), ("steep, momentum", steep, gaussian(draws, 2, dim) @ steep)):
+        left = _left_by_half_step(g, torch.cat([others, gaussian(draws, 2, 20)], dim=-2))
+        cases.append(Case(f"half step, n={dim}, k=4, j=2: {label}", 1.0 - 2 / dim, float(left.mean())))
+    left = _left_by_half_step(flat, gaussian(draws, 2, 20))
+    cases.append(Case(f"half step, n={dim}, k=j=2: flat, constructed", 1.0 - 2 / dim, float(left.max()), rounding=1e-12, within=1e-9))
+    return cases
+
+
+def _left_by_half_step(g: Tensor, start: Tensor) -> Tensor:
+    """Relative error of the basis of each draw, (draws,)."""
+    basis = half_step(g.expand(len(start), *g.shape), start)
+    return (g - basis @ (basis.mT @ g)).square().sum((-2, -1)) / g.square().sum()
 
 
 def _sigmas(samples: Tensor, expected: float) -> float:
