@@ -9,15 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mango import codecs, compressors, errors, feedback, optim
+    from mango.optim.groups import MuonMango, param_groups
     from mango.optim.mango import Mango
     from mango.optim.plan import LayerPlan
     from mango.subspace import Subspace, orthonormalize
 
 __version__ = "0.1.0"
 
-__all__ = ["LayerPlan", "Mango", "Subspace", "codecs", "compressors", "errors", "feedback", "optim", "orthonormalize"]
-
-_HOME = {"Mango": "mango.optim.mango", "LayerPlan": "mango.optim.plan", "Subspace": "mango.subspace", "orthonormalize": "mango.subspace"}
+_HOME = {
+    "LayerPlan": "mango.optim.plan",
+    "Mango": "mango.optim.mango",
+    "MuonMango": "mango.optim.groups",
+    "Subspace": "mango.subspace",
+    "orthonormalize": "mango.subspace",
+    "param_groups": "mango.optim.groups",
+}
+__all__ = [
+    "LayerPlan",
+    "Mango",
+    "MuonMango",
+    "Subspace",
+    "codecs",
+    "compressors",
+    "errors",
+    "feedback",
+    "optim",
+    "orthonormalize",
+    "param_groups",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,11 @@ from mango.errors import ConfigError
 from mango.optim import Chain, Mango, build, split, state_nbytes
 from mango.subspace import gaussian
 
-NAMES = sorted(optim.REGISTRY)
-RATES = {"adamw": 0.02, "sgd": 0.01, "adafactor": 0.1, "muon": 0.05, "adamw8bit": 0.02, "galore": 0.1, "mango": 0.02}
-OPTIONS: dict[str, dict[str, Any]] = {"galore": {"update_proj_gap": 10, "scale": 1.0}}
+CUDA = ("galore8bit", "pagedadamw8bit")  # their packages run there alone
+NAMES = sorted(name for name in optim.REGISTRY if name not in CUDA)
+RATES = {"adafactor": 0.1, "sgd": 0.01, "muon": 0.05, "galore": 0.1, "galore8bit": 0.1, "adarankgrad": 0.1}  # others: 0.02
+LOW_RANK = {"update_proj_gap": 10, "scale": 1.0}
+OPTIONS: dict[str, dict[str, Any]] = {"galore": LOW_RANK, "galore8bit": LOW_RANK, "adarankgrad": LOW_RANK}
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[tuple[str, nn.Parameter]]:
@@ -46,7 +48,7 @@ def loss_of(named: list[tuple[str, nn.Parameter]], sign: float = 1.0) -> Tensor:
 
 
 def make(name: str, named: list[tuple[str, nn.Parameter]], **options: Any) -> torch.optim.Optimizer:
-    return build(name, named, **{"lr": RATES[name], "rest_lr": RATES[name], **OPTIONS.get(name, {}), **options})
+    return build(name, named, **{"lr": RATES.get(name, 0.02), "rest_lr": RATES.get(name, 0.02), **OPTIONS.get(name, {}), **options})
 
 
 def train(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]], steps: int, sign: float = 1.0) -> float:
@@ -56,6 +58,27 @@ def train(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]
         loss.backward()
         optimizer.step()
     return float(loss_of(named).detach())
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_what_needs_cuda_says_so(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer = '{name}' is not legal: .* CUDA"):
+        build(name, parameters())
+
+
+def test_adarankgrad_lowers_its_rank_with_the_gradient_and_keeps_the_information() -> None:
+    param = nn.Parameter(torch.zeros(64, 80))
+    optimizer = build("adarankgrad", [("w", param)], rank=16, information=0.99, update_proj_gap=1)
+    ranks = []
+    for rank in (30, 10, 3):
+        left, right = torch.linalg.qr(gaussian((64, rank), (1,)))[0], torch.linalg.qr(gaussian((80, rank), (2,)))[0]
+        param.grad = left @ right.mT
+        optimizer.step()
+        basis = next(iter(optimizer.members[0].state.values()))["basis"]  # type: ignore[attr-defined]
+        ranks.append(basis.shape[1])
+        if rank <= 16:
+            assert float((basis.mT @ param.grad).norm() ** 2) >= 0.99 * rank
+    assert ranks == [16, 10, 3]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -165,7 +188,7 @@ def test_weight_decay_is_decoupled_where_the_gradient_is_zero(name: str) -> None
         assert all(float(param.detach().norm()) < float(start.norm()) for (_, param), start in zip(named, before, strict=True))
         return
     for (label, param), start in zip(named, before, strict=True):
-        assert torch.allclose(param, start * (1 - RATES[name] * 0.1), rtol=1e-5), label
+        assert torch.allclose(param, start * (1 - RATES.get(name, 0.02) * 0.1), rtol=1e-5), label
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "mango"])
@@ -319,7 +342,11 @@ def test_the_parameters_may_move_between_steps() -> None:
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("adam", {}, r"optimizer = 'adam' is not legal: one of adafactor, adamw, adamw8bit, galore, mango, muon, sgd"),
+        (
+            "adam",
+            {},
+            r"optimizer = 'adam' is not legal: one of adafactor, adamw, adamw8bit, adarankgrad, ",
+        ),
         ("adamw", {"lr": -1.0}, r"options of adamw = .* is not legal: Invalid learning rate"),
         ("sgd", {"momentun": 0.9}, r"options of sgd = .* unexpected keyword argument 'momentun'"),
         ("muon", {"ranks": 3}, r"options of muon = .*'ranks'"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mango.errors import ConfigError, MissingExtra
+from mango.optim.adarankgrad import AdaRankGrad
 from mango.optim.chain import Chain, Part
 from mango.optim.mango import Mango
 from mango.optim.plan import LayerPlan
@@ -87,7 +88,38 @@ def muon(
     )
 
 
-def galore(
+def pagedadamw8bit(
+    matrices: Named, rest: Named, lr: float = 1e-3, rest_lr: float | None = None, weight_decay: float = 0.0, **options: Any
+) -> Chain:
+    """bitsandbytes' PagedAdamW8bit: AdamW8bit whose moments move to the host when a GPU is full. Needs CUDA."""
+    if any(param.device.type != "cuda" for _, param in [*matrices, *rest]):
+        raise ConfigError.of(
+            "optimizer", "pagedadamw8bit", "one of the others for parameters that are not on a CUDA device: it pages GPU memory"
+        )
+    bitsandbytes = _extra("bitsandbytes", "PagedAdamW8bit")
+    return _whole(bitsandbytes.optim.PagedAdamW8bit, matrices, rest, lr, rest_lr, weight_decay=weight_decay, **options)
+
+
+def galore(matrices: Named, rest: Named, **options: Any) -> Chain:
+    """galore-torch's GaLoreAdamW (arXiv:2403.03507): a basis by SVD every ``update_proj_gap`` steps. ``rank`` as in LayerPlan."""
+    return _galore("GaLoreAdamW", matrices, rest, **options)
+
+
+def _needs_cuda(name: str, matrices: Named, rest: Named) -> None:
+    if any(param.device.type != "cuda" for _, param in [*matrices, *rest]):
+        raise ConfigError.of("optimizer", name, "another one for parameters that are not on a CUDA device: its package runs there alone")
+
+
+def _by_rank(matrices: Named, rank: int | float) -> dict[int, list[torch.Tensor]]:
+    """The matrices by their number of columns, ``rank`` as in LayerPlan."""
+    plan, by_rank = LayerPlan(rank=rank), dict[int, list[torch.Tensor]]()
+    for name, param in matrices:
+        by_rank.setdefault(plan.columns(param.shape[0], param[0].numel(), name), []).append(param)
+    return by_rank
+
+
+def _galore(
+    kind: str,
     matrices: Named,
     rest: Named,
     lr: float = 1e-3,
@@ -99,18 +131,13 @@ def galore(
     proj_type: str = "std",
     **options: Any,
 ) -> Chain:
-    """galore-torch's GaLoreAdamW (arXiv:2403.03507): a basis by SVD every ``update_proj_gap`` steps. ``rank`` as in LayerPlan."""
     module = _extra("galore_torch", "GaLore", "galore-torch")
-    plan = LayerPlan(rank=rank)
     groups: list[dict[str, Any]] = []
-    by_rank: dict[int, list[torch.Tensor]] = {}
-    for name, param in matrices:
-        by_rank.setdefault(plan.columns(param.shape[0], param[0].numel(), name), []).append(param)
-    for columns, params in by_rank.items():
+    for columns, params in _by_rank(matrices, rank).items():
         groups.append({"params": params, "rank": columns, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type})
     groups.append({"params": [param for _, param in rest], "lr": lr if rest_lr is None else rest_lr})
 
-    class GaLore(module.GaLoreAdamW):  # type: ignore[name-defined]
+    class GaLore(getattr(module, kind)):  # type: ignore[misc]
         """With a state that loads with weights_only=True: the projector's tensor in place of the projector."""
 
         def state_dict(self) -> dict[str, Any]:
@@ -133,9 +160,30 @@ def galore(
                         projector.ortho_matrix = state.pop("ortho_matrix")
                         state["projector"] = projector
 
-    options["no_deprecation_warning"] = True
+    if kind == "GaLoreAdamW":
+        options["no_deprecation_warning"] = True
     groups = [group for group in groups if group["params"]]
     return Chain([Part(lambda inner: GaLore(inner, lr=lr, weight_decay=weight_decay, **options), groups, fold=True)])
+
+
+def galore8bit(matrices: Named, rest: Named, **options: Any) -> Chain:
+    """galore-torch's GaLoreAdamW8bit: GaLore with bitsandbytes' 8-bit moments. Needs CUDA, for which it waits at every step."""
+    _needs_cuda("galore8bit", matrices, rest)
+    return _galore("GaLoreAdamW8bit", matrices, rest, **options)
+
+
+def adarankgrad(
+    matrices: Named,
+    rest: Named,
+    lr: float = 1e-3,
+    rest_lr: float | None = None,
+    rank: int | float = 1 / 8,
+    **options: Any,
+) -> Chain:
+    """AdaRankGrad (arXiv:2410.17881) with at most ``rank`` columns, as in LayerPlan; plain AdamW for the rest."""
+    groups = [{"params": params, "rank": columns} for columns, params in _by_rank(matrices, rank).items()]
+    groups.append({"params": [param for _, param in rest], "lr": lr if rest_lr is None else rest_lr})
+    return Chain([Part(lambda inner: AdaRankGrad(inner, lr=lr, **options), [group for group in groups if group["params"]], fold=True)])
 
 
 def mango(
