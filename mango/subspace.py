@@ -112,14 +112,19 @@ def gaussian(
 
 
 def counter_generator(seed: Sequence[int], device: torch.device | str | None = None) -> torch.Generator:
-    """A generator for one step, seeded by mixing the counters (splitmix64): nothing but plain numbers needs to be saved."""
+    """A generator for one step, seeded by mixing the counters (splitmix64): nothing but plain numbers needs to be saved.
+
+    The meta device, which has no generators, is given the CPU's.
+    """
+    if device is None or torch.device(device).type == "meta":
+        device = "cpu"
     state = 0
     for counter in seed:
         state = (state + counter + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
-    return torch.Generator(device if device is not None else "cpu").manual_seed(state & 0x7FFFFFFFFFFFFFFF)
+    return torch.Generator(device).manual_seed(state & 0x7FFFFFFFFFFFFFFF)
 
 
 def power_step(

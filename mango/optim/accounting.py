@@ -16,18 +16,20 @@ from mango.optim.mango import SMALLEST
 from mango.optim.plan import LayerPlan
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Every tensor in the optimizer's state; one that several parameters share comes as often."""
+    members = optimizer.members if isinstance(optimizer, Chain) else [optimizer]
+    for member in members:
+        yield from _tensors(list(member.state.values()))
+
+
 def state_nbytes(optimizer: torch.optim.Optimizer) -> int:
     """Every byte of every tensor in the optimizer's state: moments, codes, scales, code maps, projections, errors.
 
     A tensor that several parameters share (bitsandbytes' code maps) counts once. Python numbers do not count.
     """
-    members = optimizer.members if isinstance(optimizer, Chain) else [optimizer]
-    found: dict[tuple[int, int, torch.device], int] = {}
-    for member in members:
-        for tensor in _tensors(list(member.state.values())):
-            # an allocation is identified by where it starts and how long it is; empty tensors have no address
-            found[(tensor.data_ptr(), tensor.nbytes, tensor.device)] = tensor.nbytes
-    return sum(found.values())
+    # an allocation is identified by where it starts and how long it is; empty tensors have no address
+    return sum({(t.data_ptr(), t.nbytes, t.device): t.nbytes for t in state_tensors(optimizer)}.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -21,7 +21,8 @@ from mango.policy.knapsack import solve
 Shape = Sequence[int]
 Score = Callable[[str, Shape, LayerPlan], float]  # of a layer's name, shape and plan; larger is better
 
-# From most to least memory. The error in a codec comes before rank: half a byte buys more by memory than by columns.
+DELAYED = 0.9  # worth of a step that comes one step late: the decay of Adam's first moment, within whose window it still counts
+# From most to least memory.
 LADDER = tuple(LayerPlan(rank=1 / part, error=error) for part in (2, 4, 8, 16, 32, 64) for error in ("gradient", "codec", "none"))
 
 UNITS = {"b": 1, "bytes": 1, "byte": 1} | {
@@ -53,20 +54,21 @@ def parse_budget(value: int | float | str, parameters: int | None = None, field:
 
 
 def quality(name: str, shape: Shape, plan: LayerPlan) -> float:
-    r"""The prior worth of a plan: how much of a gradient's energy it is expected to use, in parameters.
+    r"""The prior worth of a plan: how much of a gradient's energy it is expected to use in time, in parameters.
 
-    .. math:: mn \left[ s_r\, \alpha_P \alpha_U \alpha_M + (1 - s_r)\, \alpha_E \right]
+    .. math:: mn \, \frac{s_r\, \alpha_P \alpha_U \alpha_M}{1 - \gamma (1 - s_r)\, \alpha_E}
 
     for an (m, n) layer, m <= n. :math:`s_r` is the share of the energy that r directions capture when that of the i-th falls as 1/i: a
-    prior, not a measurement. It is never below the certified share of r columns (theorem T3, at most r/m). The alphas are the codecs'
-    certificates (T1) for basis, factor, moments and error: what the basis misses is worth as much as the memory keeps of it, nothing
-    without error feedback. Replace it by a ``score`` of your own where captured energies have been measured.
+    prior, not a measurement. It is never below the certified share of r columns (theorem T3, at most r/m). What is missed is offered
+    again one step later as far as the memory kept it, which makes the sum geometric; a step of delay costs the factor
+    :math:`\gamma`. The alphas are the codecs' certificates (T1) for basis, factor, moments and error; without error feedback
+    :math:`\alpha_E = 0`. Replace it by a ``score`` of your own where captured energies have been measured.
     """
     rows, cols = shape[0], prod(shape[1:])
     share = _harmonic(plan.columns(rows, cols, name)) / _harmonic(min(rows, cols))
     used = _alpha(plan.basis_codec) * _alpha(plan.moment_codec) * (_alpha(plan.factor_codec) if plan.factor_codec else 1.0)
     kept = {"none": 0.0, "gradient": 1.0, "codec": _alpha(plan.error_codec)}[plan.error]
-    return rows * cols * (share * used + (1.0 - share) * kept)
+    return rows * cols * share * used / (1.0 - DELAYED * (1.0 - share) * kept)
 
 
 @cache
