@@ -167,7 +167,7 @@ class _Planner:
         least = self._least()
         cheapest = self._need(each, dtype, least)
         longest = growth.longest(lambda found: cheapest.peak(found) <= self.usable)
-        here, there = (self._fill(each, dtype, growth.at(at)) if at <= longest else least for at in (size, longest))
+        here, there = (self._fill(each, dtype, growth.at(at)) if 0 < at <= longest else least for at in (size, longest))
         need = self._need(each, dtype, here)
         return need.row(name, growth.at(size), self.usable, longest, self._describe(here), self._describe(there) if longest else None)
 

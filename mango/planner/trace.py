@@ -151,6 +151,7 @@ def trace(model: nn.Module, run: Pass, dtype: torch.dtype | None = None) -> Trac
     with fused_attention(), watch, watch.saving():
         loss = run(lambda *args, **kwargs: torch.func.functional_call(model, names, args, kwargs))
         loss.backward()
+    watch.samples.append((watch.live, watch.saved, watch.grads, 0))
     return Trace(*np.array(watch.samples, dtype=np.int64).reshape(-1, 4).T)
 
 
