@@ -127,7 +127,7 @@ def all_finite(flat: Tensor) -> bool:
 
 
 def check_generator(x: Tensor, generator: torch.Generator | None) -> None:
-    if generator is None or generator.device == x.device or x.is_meta:
+    if generator is None or generator.device == x.device:
         return
     if generator.device.type != x.device.type or generator.device.index is not None:
         raise ConfigError.of("generator.device", str(generator.device), f"the tensor's device, {x.device}")
