@@ -235,6 +235,20 @@ def test_an_infeasible_budget_names_the_smallest_that_is_not() -> None:
         plans_for(model.named_parameters(), least - 1)
 
 
+def test_groups_gather_layers_of_one_plan_and_meet_the_budget() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.LayerNorm(64))
+    model[0].weight.requires_grad_(False)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    groups = Budget("1.2 bytes/param").groups(model.named_parameters())
+    assert len({id(group["plan"]) for group in groups}) == len(groups) < 6
+    assert sum(parameter.numel() for group in groups for _, parameter in group["params"]) == count
+    optimizer = Mango(groups)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    assert optimizer.nbytes() <= 1.2 * count
+
+
 def test_more_memory_is_never_worse_and_enough_memory_takes_the_best() -> None:
     named = dict(nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 512), nn.Linear(512, 100)).named_parameters())
     worths = []

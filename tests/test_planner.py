@@ -225,6 +225,15 @@ def test_a_model_is_neither_run_nor_changed() -> None:
     assert all(param.grad is None for param in model.parameters())
 
 
+def test_a_model_that_reads_values_is_refused() -> None:
+    class Reads(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if bool(x.sum() > 0) else x
+
+    with pytest.raises(ConfigError, match="model = 'Reads' is not legal: one whose operations do not depend on values"):
+        trace(Reads(4, 4), lambda f: f(torch.empty(2, 4, device="meta")).sum())
+
+
 # ---------------------------------------------------------------- growth
 
 

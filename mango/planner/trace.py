@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mango.errors import ConfigError
+
 Pass = Callable[[Callable[..., Any]], Tensor]  # given the model as a function of its inputs, the scalar loss
 
 
@@ -135,6 +137,8 @@ def trace(model: nn.Module, run: Pass, dtype: torch.dtype | None = None) -> Trac
         model: on any device; it is neither run nor changed, its parameters and buffers are stood in for.
         run: computes the loss from the model's stand-in; its inputs are to be on the meta device.
         dtype: of floating-point parameters; None leaves each as it is.
+
+    Raises: ConfigError for a model that reads values, which the meta device does not have.
     """
     stand_ins: dict[int, Tensor] = {}
     names: dict[str, Tensor] = {}
@@ -148,9 +152,15 @@ def trace(model: nn.Module, run: Pass, dtype: torch.dtype | None = None) -> Trac
         watch.ignore(tensor)
         if tensor.requires_grad:
             tensor.register_post_accumulate_grad_hook(watch.complete)
-    with fused_attention(), watch, watch.saving():
-        loss = run(lambda *args, **kwargs: torch.func.functional_call(model, names, args, kwargs))
-        loss.backward()
+    try:
+        with fused_attention(), watch, watch.saving():
+            loss = run(lambda *args, **kwargs: torch.func.functional_call(model, names, args, kwargs))
+            loss.backward()
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        legal = f"one whose operations do not depend on values, which the meta device does not have ({str(error).splitlines()[0]})"
+        raise ConfigError.of("model", type(model).__name__, legal) from error
     watch.samples.append((watch.live, watch.saved, watch.grads, 0))
     return Trace(*np.array(watch.samples, dtype=np.int64).reshape(-1, 4).T)
 

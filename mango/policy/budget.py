@@ -156,6 +156,15 @@ class Budget:
         """See ``plans_for``."""
         return plans_for(named_parameters, self.limit, self.candidates, self.score)
 
+    def groups(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+        """Parameter groups for ``Mango``, one for each plan, so that layers of one shape and plan are stepped together."""
+        named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+        plans = self.plans(named)
+        groups: dict[LayerPlan | None, list[tuple[str, Tensor]]] = {}
+        for name, parameter in named:
+            groups.setdefault(plans.get(name), []).append((name, parameter))
+        return [{"params": members, "plan": plan} for plan, members in groups.items()]
+
 
 def _choose(
     layers: Mapping[str, Shape],
