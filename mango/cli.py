@@ -96,6 +96,26 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
 
+    plan = commands.add_parser(
+        "plan",
+        help="what fits on a card: memory by category for every method",
+        description="Memory by category on a card, for every method; what fits, and how long a sequence could be.",
+        epilog="Example: mango plan --model llama-7b --gpu rtx4090 --seq 1024 --batch 1",
+    )
+    plan.add_argument(
+        "--model", required=True, metavar="NAME", help="nanochat-d12, llama-7b, resnet50, vit-b16, or a Hugging Face config.json"
+    )
+    plan.add_argument("--gpu", default="rtx5090", metavar="NAME", help="rtx3090, rtx4090, rtx5090, a100-40, a100-80, h100 or h200")
+    plan.add_argument("--seq", type=int, metavar="N", help="tokens a sequence (default: the model's own)")
+    plan.add_argument("--batch", type=int, default=1, metavar="N", help="sequences or images in a forward pass (default 1)")
+    plan.add_argument("--method", action="append", metavar="NAME", help="a row of the table; may be given again (default: all)")
+    plan.add_argument("--dtype", default="bf16", metavar="NAME", help="of weights and gradients: bf16, fp16 or fp32")
+    plan.add_argument("--rank", default="0.125", metavar="R", help="GaLore's and Mango's: an integer or a fraction (default 0.125)")
+    plan.add_argument("--reserve", metavar="BYTES", help="memory of the card that is left alone, e.g. 2GiB")
+    plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    plan.add_argument("--figure", type=Path, metavar="FILE", help="also draw it (.pdf, .png or .svg)")
+    plan.set_defaults(command=_plan)
+
     bench = commands.add_parser(
         "bench", help="compare with peers in one process", description="Timings and bytes beside peers', measured in one process."
     )
@@ -178,6 +198,39 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings if finding.required) else 1
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from mango.planner import figure, gpus, text
+    from mango.planner.report import plan
+
+    if options.figure is not None:
+        figure.check(options.figure)
+    with _Bars(enabled=not options.json) as bars:
+        report = plan(
+            options.model,
+            options.gpu,
+            options.seq,
+            options.batch,
+            options.method,
+            options.dtype,
+            _rank(options.rank),
+            gpus.RESERVE if options.reserve is None else options.reserve,
+            bars.named,
+        )
+    if options.figure is not None:
+        figure.draw(report, options.figure)
+    print(json.dumps(report.plain(), indent=2) if options.json else text.text(report, table))
+    return 0
+
+
+def _rank(value: str) -> int | float:
+    from mango.errors import ConfigError
+
+    try:
+        return int(value) if value.strip().isdigit() else float(value)
+    except ValueError:
+        raise ConfigError.of("rank", value, "an integer >= 1 or a fraction in (0, 1]") from None
+
+
 def _bench(options: argparse.Namespace) -> int:
     from mango import bench
 
@@ -218,6 +271,9 @@ class _Bars:
             tqdm: Callable[..., Any] = require("tqdm", extra="experiments", purpose="progress bars").tqdm
             self.kind, self.bar = kind, tqdm(total=total or None, desc=kind, unit="", dynamic_ncols=True, leave=False)
         self.bar.update(done - self.bar.n)
+
+    def named(self, what: str) -> None:
+        self.update(what, 0, 0)
 
     def decoded(self, images: int) -> None:
         self.update("images decoded", images, 0)

@@ -47,6 +47,13 @@ def torchvision(purpose: str) -> Any:
     return import_module("torchvision")
 
 
+def transformers(purpose: str) -> Any:
+    """The transformers module. It imports torchvision where that is installed, which may need the repair above."""
+    if find_spec("torchvision") is not None:
+        torchvision(purpose)
+    return require("transformers", extra="experiments", purpose=purpose)
+
+
 def _torchvision_has_operators() -> bool:
     """Whether torchvision's operator library loads into this torch, without importing torchvision: that import is what fails."""
     import torch

@@ -116,8 +116,13 @@ def gaussian(
     return torch.randn(*shape, generator=counter_generator(seed, device), device=device, dtype=dtype)
 
 
-def counter_generator(seed: Sequence[int], device: torch.device | str | None = None) -> torch.Generator:
-    """A generator for one step, seeded by mixing the counters (splitmix64): nothing but plain numbers needs to be saved."""
+def counter_generator(seed: Sequence[int], device: torch.device | str | None = None) -> torch.Generator | None:
+    """A generator for one step, seeded by mixing the counters (splitmix64): nothing but plain numbers needs to be saved.
+
+    None for the meta device, which draws nothing.
+    """
+    if device is not None and torch.device(device).type == "meta":
+        return None
     state = 0
     for counter in seed:
         state = (state + counter + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF

@@ -1,14 +1,26 @@
-"""Bytes that an optimizer keeps between steps."""
+"""Bytes that an optimizer keeps between steps: of one that exists, and of Mango before anything is allocated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mango.optim.chain import Chain
+from mango.optim.layers import LayerStack
+from mango.optim.mango import SMALLEST
+from mango.optim.plan import LayerPlan
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Every tensor in the optimizer's state; one that several parameters share comes as often."""
+    members = optimizer.members if isinstance(optimizer, Chain) else [optimizer]
+    for member in members:
+        yield from _tensors(list(member.state.values()))
 
 
 def state_nbytes(optimizer: torch.optim.Optimizer) -> int:
@@ -16,13 +28,8 @@ def state_nbytes(optimizer: torch.optim.Optimizer) -> int:
 
     A tensor that several parameters share (bitsandbytes' code maps) counts once. Python numbers do not count.
     """
-    members = optimizer.members if isinstance(optimizer, Chain) else [optimizer]
-    found: dict[tuple[int, int, torch.device], int] = {}
-    for member in members:
-        for tensor in _tensors(list(member.state.values())):
-            # an allocation is identified by where it starts and how long it is; empty tensors have no address
-            found[(tensor.data_ptr(), tensor.nbytes, tensor.device)] = tensor.nbytes
-    return sum(found.values())
+    # an allocation is identified by where it starts and how long it is; empty tensors have no address
+    return sum({(t.data_ptr(), t.nbytes, t.device): t.nbytes for t in state_tensors(optimizer)}.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -36,3 +43,26 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
     elif hasattr(value, "__dict__"):  # GaLore keeps its projection in an object
         yield from _tensors(vars(value))
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether Mango compresses the state of a parameter of this shape; others keep plain AdamW whatever the plan."""
+    return len(shape) >= 2 and prod(shape) >= SMALLEST
+
+
+def layer_nbytes(shape: Sequence[int], plan: LayerPlan | None) -> int:
+    """What ``Mango.nbytes`` will count for one parameter of this shape, in bytes.
+
+    The state is formed on the meta device by the class that forms it in a step, so there is no second formula to keep in agreement.
+
+    Raises: ConfigError when the plan's integer rank is above the smaller dimension.
+    """
+    return _layer_nbytes(tuple(shape), plan if is_matrix(shape) else None)
+
+
+@cache
+def _layer_nbytes(shape: tuple[int, ...], plan: LayerPlan | None) -> int:
+    if plan is None:
+        return 2 * prod(shape) * torch.float32.itemsize  # the two moments of plain AdamW
+    stack = LayerStack(plan, shape, 1, torch.device("meta"), "a parameter")
+    return sum(part.nbytes for part in stack.parts().values())

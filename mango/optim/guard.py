@@ -14,8 +14,8 @@ class Guard:
     """Checks the gradients of a step.
 
     Where reading a result is free (anything but CUDA) the check is immediate, and nothing has been changed when it raises. On CUDA reading
-    would stop the queue of kernels: gradients that are not finite are taken as zero instead, and the verdict, copied meanwhile, is
-    raised by the next call.
+    would stop the queue of kernels: gradients that are not finite are set to zero instead, in place, since a second copy of all gradients
+    would not fit, and the verdict, copied meanwhile, is raised by the next call.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Guard:
                 event.record(torch.cuda.current_stream(device))
                 self._pending.append((verdict, event, [names[place] for place in places]))
                 for place, ok in zip(places, finite.unbind(), strict=True):
-                    admitted[place] = torch.where(ok, grads[place], 0.0)
+                    admitted[place] = grads[place].masked_fill_(~ok, 0.0)
             elif not bool(finite.all()):
                 self._refuse([names[place] for place in places if not bool(grads[place].isfinite().all())])
         return admitted

@@ -1,0 +1,405 @@
+"""The planner against what real models and real optimizers hold, to the byte where that is promised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mango import LayerPlan, Mango, cli, codecs, optim
+from mango.compat import transformers
+from mango.errors import ConfigError
+from mango.optim.accounting import layer_nbytes, state_nbytes, state_tensors
+from mango.planner import GPUS, Target, gpus, methods, plan, target
+from mango.planner.growth import Growth
+from mango.planner.nanochat import GPT
+from mango.planner.report import DTYPES
+from mango.planner.targets import causal
+from mango.planner.trace import Trace, Watch, trace
+from mango.telemetry.memory import MemoryLedger
+
+GIB = 1 << 30
+
+
+class Mixed(nn.Module):
+    """An embedding, a wide and a tall matrix, a convolution, vectors, a small matrix, a scalar and a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(100, 64)
+        self.wide, self.tall = nn.Linear(64, 130), nn.Linear(130, 48)
+        self.convolution = nn.Conv2d(24, 32, 3)
+        self.small, self.scalar = nn.Linear(8, 8), nn.Parameter(torch.zeros(()))
+        self.frozen = nn.Linear(64, 64).requires_grad_(False)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(param.shape) for name, param in model.named_parameters() if param.requires_grad}
+
+
+def fill_gradients(model: nn.Module) -> None:
+    for param in model.parameters():
+        param.grad = torch.randn_like(param) if param.requires_grad else None
+
+
+def held(work: Callable[[], Any], existing: list[Tensor]) -> int:
+    """The most bytes that real work holds at one time beside what existed."""
+    watch = Watch()
+    for tensor in existing:
+        watch.ignore(tensor)
+    with watch:
+        work()
+    return max((sample[0] for sample in watch.samples), default=0)
+
+
+# ---------------------------------------------------------------- optimizer state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exclude", [(), ("embedding",)])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "adamw8bit", "galore", "mango"])
+def test_state_is_exact_for_a_real_optimizer_after_a_step(name: str, exclude: tuple[str, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Mixed().to(dtype)
+    built = optim.build(name, model, lr=1e-3, exclude=exclude)
+    if name == "galore" and dtype == torch.bfloat16:
+        model = model.float()  # the CPU has no bfloat16 for some of its products; sizes scale with the dtype
+        built = optim.build(name, model, lr=1e-3, exclude=exclude)
+    fill_gradients(model)
+    built.step()
+    kind = next(model.parameters()).dtype
+    assert methods.state_nbytes(name, shapes(model), kind, exclude) == state_nbytes(built)
+    if isinstance(built, Mango):
+        assert built.nbytes() == state_nbytes(built)
+
+
+@pytest.mark.parametrize("codec", list(codecs.REGISTRY))
+@pytest.mark.parametrize("error", ["none", "gradient", "codec"])
+def test_mangos_state_is_exact_for_every_codec_and_awkward_shapes(codec: str, error: str) -> None:
+    chosen = LayerPlan(rank=3, basis_codec=codec, moment_codec=codec, error_codec=codec, error=error)
+    for shape in ((64, 65), (33, 7, 5, 5), (4099, 3)):
+        param = nn.Parameter(torch.randn(shape))
+        param.grad = torch.randn(shape)
+        built = Mango([param], plan=chosen)
+        built.step()
+        assert layer_nbytes(shape, chosen) == built.nbytes()
+
+
+def test_small_tensors_keep_plain_adamw() -> None:
+    for shape in ((), (5000,), (63, 65)):
+        param = nn.Parameter(torch.randn(shape))
+        param.grad = torch.randn(shape)
+        built = Mango([param])
+        built.step()
+        assert layer_nbytes(shape, LayerPlan()) == built.nbytes() == 8 * prod(shape)
+
+
+def test_unknown_optimizers_and_methods_are_refused() -> None:
+    with pytest.raises(ConfigError, match="optimizer = 'sgd'"):
+        methods.state_nbytes("sgd", {})
+    with pytest.raises(ConfigError, match=r"method = 'sgd' is not legal: one of adamw-fp32"):
+        methods.method("sgd")
+
+
+# ---------------------------------------------------------------- the step's workspace
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_workspace_of_a_step_is_what_a_real_step_holds(name: str) -> None:
+    """A real step on the CPU under the same watch, with foreach as on a card; to within 5 %."""
+    model = nn.Sequential(nn.Linear(256, 128, bias=False), nn.Linear(128, 512, bias=False))
+    fill_gradients(model)
+    built = optim.build(name, model, lr=1e-3, **({"foreach": True} if name == "adafactor" else {}))
+    built.step()
+    kept = [tensor for param in model.parameters() for tensor in (param, param.grad)]
+    real = held(lambda: built.step(), [*kept, *state_tensors(built)])
+    computed = methods.scratch_nbytes(name, shapes(model), torch.float32, (), 1 / 8, LayerPlan(), fused=False)
+    assert computed == pytest.approx(real, rel=0.05, abs=64 * 4)  # a few norms and scalars
+
+
+def test_a_fused_step_holds_one_layer_at_a_time() -> None:
+    many = {f"layer{i}": (256, 256) for i in range(8)}
+
+    def step(fused: bool) -> int:
+        return methods.scratch_nbytes("mango", many, torch.float32, (), 1 / 8, LayerPlan(), fused)
+
+    assert 4 * 256 * 256 <= step(True) < step(False) <= 8 * step(True)
+
+
+# ---------------------------------------------------------------- the traced passes
+
+
+def test_trace_of_two_layers_in_closed_form() -> None:
+    """y = relu(x A) B: kept are the input's copy, the relu's output (which is also B's input), and nothing else."""
+    model = nn.Sequential(nn.Linear(10, 30, bias=False), nn.ReLU(), nn.Linear(30, 20, bias=False))
+    found = trace(model, lambda f: f(torch.empty(7, 10, device="meta") * 2).sum())
+    assert found.activations == 4 * (7 * 10 + 7 * 30)
+    assert found.grads[-1] == 4 * (10 * 30 + 30 * 20)
+    assert found.saved[-1] == 0
+    assert found.fused_peak() <= found.peak()
+    assert found.stepping.sum() == 2
+
+
+def tiny_llama(heads: int = 4) -> Any:
+    library = transformers("a test")
+    return library.LlamaConfig(
+        vocab_size=999,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=heads,
+        use_cache=False,
+    )
+
+
+def language_models(kind: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Callable[..., Tensor]]:
+    """A real model, the one to trace, and (model, tokens) -> loss."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        if kind == "gpt":
+            real: nn.Module = GPT(3, 999, width=192, head=64)
+            return real, real, lambda model, tokens: model(tokens, tokens)
+        config = tiny_llama(2 if kind == "grouped" else 4)
+        real = transformers("a test").LlamaForCausalLM(config).train()
+        return real, causal("tiny", config).module, lambda model, tokens: model(input_ids=tokens, labels=tokens).loss
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gpt", "llama", "grouped"])
+def test_weights_gradients_and_activations_are_the_ledgers(kind: str, dtype: torch.dtype) -> None:
+    """Weights and gradients exact; saved activations within 5 % at three sizes, the peak too."""
+    real, stand_in, loss = language_models(kind, dtype)
+    for batch, length in ((1, 64), (2, 128), (3, 200)):
+        real.zero_grad()
+        ledger = MemoryLedger(real)
+        tokens = torch.zeros(batch, length, dtype=torch.long)
+        with ledger.activations():
+            loss(real, tokens).backward()
+        found = trace(stand_in, lambda f, size=(batch, length): loss(f, torch.empty(size, dtype=torch.long, device="meta")), dtype)
+        assert found.grads[-1] == ledger.gradients()
+        assert found.activations == pytest.approx(ledger.saved_activations, rel=0.05)
+        real.zero_grad()
+        passes = held(lambda tokens=tokens: loss(real, tokens).backward(), [tokens, *real.parameters(), *real.buffers()])
+        assert found.peak() == pytest.approx(passes, rel=0.05)
+    report = plan(target_of(stand_in, loss), seq=32, methods=["adamw"], dtype=next(name for name, kind in DTYPES.items() if kind == dtype))
+    assert report.rows[0].weights == ledger.parameters()
+    assert report.rows[0].gradients == ledger.gradients()
+
+
+def target_of(module: nn.Module, loss: Callable[..., Tensor]) -> Target:
+    return Target("tiny", module, lambda f, batch, size, _: loss(f, torch.empty(batch, size, dtype=torch.long, device="meta")))
+
+
+def test_attention_on_the_meta_device_keeps_no_square_matrix_and_is_restored() -> None:
+    original = F.scaled_dot_product_attention
+    length = 512
+    q = nn.Parameter(torch.empty(1, 2, length, 16))
+    found = trace(nn.ParameterList([q]), lambda f: attend(f, length))
+    assert found.activations < 4 * 2 * length * length
+    assert F.scaled_dot_product_attention is original
+    x = torch.randn(1, 2, 8, 16)
+    assert F.scaled_dot_product_attention(x, x, x).shape == x.shape
+
+
+def attend(_: Any, length: int) -> Tensor:
+    q = torch.empty(1, 2, length, 16, device="meta", requires_grad=True)
+    return F.scaled_dot_product_attention(q * 1, q * 2, q * 3, is_causal=True).sum()
+
+
+def test_a_model_is_neither_run_nor_changed() -> None:
+    model = GPT(1, 99, width=64, head=32)
+    before = {name: (param.data_ptr(), param.dtype) for name, param in model.named_parameters()}
+    trace(model, lambda f: f(*[torch.empty(1, 8, dtype=torch.long, device="meta")] * 2), torch.bfloat16)
+    assert {name: (param.data_ptr(), param.dtype) for name, param in model.named_parameters()} == before
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_a_model_that_reads_values_is_refused() -> None:
+    class Reads(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if bool(x.sum() > 0) else x
+
+    with pytest.raises(ConfigError, match="model = 'Reads' is not legal: one whose operations do not depend on values"):
+        trace(Reads(4, 4), lambda f: f(torch.empty(2, 4, device="meta")).sum())
+
+
+# ---------------------------------------------------------------- growth
+
+
+def test_growth_predicts_every_size_to_the_byte() -> None:
+    module = causal("tiny", tiny_llama()).module
+
+    def measure(size: int) -> Trace:
+        return trace(module, lambda f: f(input_ids=(t := torch.empty(2, size, dtype=torch.long, device="meta")), labels=t).loss)
+
+    growth = Growth(measure, 32)
+    assert growth.exact
+    for size in (2, 77, 1000):
+        found, direct = growth.at(size), measure(size)
+        assert all((getattr(found, name) == getattr(direct, name)).all() for name in ("live", "saved", "grads", "stepping"))
+
+
+def test_growth_that_is_no_polynomial_is_traced_size_by_size() -> None:
+    model = nn.Linear(4, 4)
+
+    def measure(size: int) -> Trace:
+        padded = -(-size // 24) * 24  # a model that pads
+        return trace(model, lambda f: f(torch.empty(padded, 4, device="meta") * 2).square().sum())
+
+    growth = Growth(measure, 16)
+    assert not growth.exact
+    assert growth.at(100).activations == measure(100).activations
+    limit = measure(480).peak()
+    assert growth.longest(lambda found: found.peak() <= limit) == 480
+    assert growth.longest(lambda found: False) == 0
+
+
+# ---------------------------------------------------------------- reports
+
+
+def tiny_report(**options: Any) -> Any:
+    module = GPT(2, 999, width=128, head=64)
+    return plan(target_of(module, lambda f, tokens: f(tokens, tokens)), **{"seq": 64, "batch": 2, "reserve": 0} | options)
+
+
+def test_longest_is_the_last_length_that_fits() -> None:
+    card = GPUS["rtx3090"].nbytes
+    reserve = card - 40 * 2**20
+    report = tiny_report(gpu="rtx3090", reserve=reserve, methods=["adamw", "mango-budget"])
+    assert report.usable == 40 * 2**20 and report.exact
+    for row in report.rows:
+        assert row.fits == (row.longest >= report.seq)
+        at, beyond = (
+            tiny_report(gpu="rtx3090", reserve=reserve, seq=size, methods=[row.method]).rows[0] for size in (row.longest, row.longest + 1)
+        )
+        assert at.fits and at.peak <= report.usable < beyond.peak and not beyond.fits
+
+
+def test_peak_lies_between_the_largest_category_and_the_sum() -> None:
+    for row in tiny_report(methods=["adamw", "adafactor", "galore+fused", "mango", "mango+fused"]).rows:
+        sizes = (row.weights, row.gradients, row.state, row.activations, row.workspace)
+        assert row.weights + row.state + max(row.gradients, row.activations) <= row.peak <= sum(sizes)
+
+
+def test_a_fused_step_keeps_the_largest_gradient_alone() -> None:
+    rows = {row.method: row for row in tiny_report(dtype="fp32", methods=["adamw", "adamw-fp32", "mango", "mango+fused"]).rows}
+    assert rows["mango+fused"].gradients == 4 * 999 * 128
+    assert rows["mango"].gradients == rows["mango"].weights
+    assert rows["mango+fused"].peak <= rows["mango"].peak
+    assert rows["adamw"].state == rows["adamw-fp32"].state
+
+
+def test_the_budget_fills_the_card_and_a_real_optimizer_has_the_bytes_of_the_row() -> None:
+    module = GPT(2, 999, width=128, head=64)
+    report = plan(
+        target_of(module, lambda f, tokens: f(tokens, tokens)),
+        "rtx3090",
+        seq=64,
+        batch=2,
+        dtype="fp32",
+        methods=["mango+fused", "mango-budget"],
+        reserve=GPUS["rtx3090"].nbytes - 14 * 2**20,
+    )
+    fixed, filled = report.rows
+    assert filled.fits and filled.peak <= report.usable
+    assert filled.longest >= fixed.longest
+    assert sum(entry["layers"] for entry in filled.plans) == 2 + 2 * 6
+    left = {tuple(entry["shape"]): [] for entry in filled.plans}
+    for entry in filled.plans:
+        left[tuple(entry["shape"])] += [entry["plan"]] * entry["layers"]
+    built = Mango([{"params": [param], "plan": left[tuple(param.shape)].pop()} for param in module.parameters()])
+    fill_gradients(module)
+    built.step()
+    assert built.nbytes() == filled.state
+
+
+def test_a_card_that_is_too_small_says_so() -> None:
+    report = tiny_report(gpu="rtx3090", reserve=GPUS["rtx3090"].nbytes - 2**20, methods=["adamw", "mango-budget"])
+    assert all(not row.fits and row.longest == 0 for row in report.rows)
+    assert report.rows[-1].plans and report.rows[-1].longest_plans is None
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("d12", 2 * 65536 * 768 + 12 * 12 * 768**2), ("llama-7b", 6_738_415_616), ("resnet50", 25_557_032), ("vit-b16", 86_567_656)],
+)
+def test_parameters_are_those_that_the_authors_state(name: str, parameters: int) -> None:
+    assert target(name).parameters == parameters
+
+
+def test_images_are_planned_by_the_batch() -> None:
+    report = plan("resnet50", "rtx3090", batch=4, methods=["adamw"])
+    assert report.axis == "batch" and report.exact and report.rows[0].longest > 4
+    with pytest.raises(ConfigError, match="seq = 128 is not legal: left out"):
+        plan("resnet50", seq=128)
+
+
+def test_a_hugging_face_configuration_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_llama().to_dict()))
+    report = plan(str(path), seq=64, methods=["adamw"])
+    assert report.parameters == sum(param.numel() for param in transformers("a test").LlamaForCausalLM(tiny_llama()).parameters())
+    for text, message in (("{", "a JSON file"), ("[]", "model_type"), ('{"model_type": "unheard of"}', "transformers knows")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            plan(str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "gpt5"}, "model = 'gpt5' is not legal: one of nanochat-d"),
+        ({"model": "llama-8b"}, "model = 'llama-8b'"),
+        ({"model": "d0"}, "depth = 0"),
+        ({"gpu": "rtx1"}, "gpu = 'rtx1' is not legal: one of rtx3090"),
+        ({"seq": 0}, "seq = 0"),
+        ({"batch": 0}, "batch = 0"),
+        ({"dtype": "int8"}, "dtype = 'int8'"),
+        ({"rank": 2.0}, "plan.rank"),
+        ({"methods": ["sgd"]}, "method = 'sgd'"),
+        ({"reserve": "25GiB"}, "reserve = '25GiB' is not legal: less than"),
+        ({"reserve": "some"}, "reserve = 'some'"),
+    ],
+)
+def test_bad_input_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        plan(**{"model": "d1", "gpu": "rtx3090"} | options)
+
+
+def test_every_card_leaves_the_reserve() -> None:
+    for name, card in GPUS.items():
+        assert gpus.find(name) is card and card.nbytes > 20 * GIB > gpus.RESERVE
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_a_table_json_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model", "d1", "--gpu", "rtx4090", "--seq", "64", "--batch", "2"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in methods.METHODS) and "longest context" in out
+    figure = tmp_path / "plan.pdf"
+    assert cli.main([*arguments, "--json", "--method", "mango-budget", "--method", "adamw", "--figure", str(figure)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in report["rows"]] == ["mango-budget", "adamw"]
+    assert LayerPlan.of(report["rows"][0]["plans"][0]["plan"])
+    assert figure.read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("more", [["--rank", "many"], ["--figure", "plan.txt"], ["--figure", "/nowhere/plan.pdf"], ["--reserve", "1 TiB"]])
+def test_the_command_refuses_bad_input_in_one_line(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", "d1", *more]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and err.startswith("mango: error: ")
