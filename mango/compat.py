@@ -51,7 +51,7 @@ def transformers(purpose: str) -> Any:
     """The transformers module. It imports torchvision where that is installed, which may need the repair above."""
     if find_spec("torchvision") is not None:
         torchvision(purpose)
-    return require("transformers", extra="experiments", purpose=purpose)
+    return require("transformers", extra="llama", purpose=purpose)
 
 
 def _torchvision_has_operators() -> bool:

@@ -14,7 +14,8 @@ from torch import nn
 
 from mango import LayerPlan, Mango
 from mango.errors import ConfigError
-from mango.optim.accounting import is_matrix, layer_nbytes
+from mango.optim.accounting import layer_nbytes
+from mango.optim.plan import is_matrix
 from mango.policy import Budget
 from mango.policy.budget import LADDER, choose, parse_budget, plans_for, quality
 from mango.policy.knapsack import solve

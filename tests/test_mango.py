@@ -16,7 +16,8 @@ from mango import LayerPlan, Mango, codecs
 from mango.errors import ConfigError, NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.optim.adamw import adamw
-from mango.optim.mango import matrix_count, matrix_shape
+from mango.optim.plan import matrix_count, matrix_shape
+from mango.policy.budget import parse_budget
 from mango.stacked import Stacked
 from mango.subspace import counter_generator, gaussian
 
@@ -612,3 +613,26 @@ def test_scouts_do_not_depend_on_which_other_parameters_have_gradients() -> None
         push(optimizer, [(two, gaussian((64, 96), (1,)))] + ([(one, gaussian((64, 96), (2,)))] if with_other else []))
         results.append(two.detach().clone())
     assert torch.allclose(results[0], results[1], atol=1e-6)
+
+
+# ---------------------------------------------------------------- under a budget
+
+
+@pytest.mark.parametrize("budget", ["0.9 bytes/param", "0.5 bytes/param", "20KiB"])
+def test_a_memory_budget_is_never_exceeded(budget: str) -> None:
+    model = network()
+    optimizer = Mango(model.named_parameters(), lr=1e-2, memory_budget=budget)
+    train(model, optimizer, range(2))
+    limit = parse_budget(budget, sum(param.numel() for param in model.parameters()))
+    assert 0 < optimizer.nbytes() <= limit
+    again = Mango([{"params": network().parameters(), "lr": 0.5}], memory_budget=budget)  # unnamed, and as groups
+    assert {group["lr"] for group in again.param_groups} == {0.5}
+    plans = [sorted(str(group["plan"]) for group in each.param_groups) for each in (optimizer, again)]
+    assert plans[0] == plans[1]
+
+
+def test_a_budget_that_cannot_be_met_says_what_can() -> None:
+    with pytest.raises(ConfigError, match=r"memory_budget = '1 B' is not legal: at least \d+ bytes"):
+        Mango(network().parameters(), memory_budget="1 B")
+    kept = Mango([{"params": network().parameters(), "plan": None}], memory_budget="8 bytes/param")
+    assert [group["plan"] for group in kept.param_groups] == [None]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mango.optim.chain import Chain
 from mango.optim.layers import LayerStack
-from mango.optim.mango import SMALLEST
-from mango.optim.plan import LayerPlan
+from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -45,11 +44,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(vars(value))
 
 
-def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether Mango compresses the state of a parameter of this shape; others keep plain AdamW whatever the plan."""
-    return len(shape) >= 2 and prod(shape) >= SMALLEST
-
-
 def layer_nbytes(shape: Sequence[int], plan: LayerPlan | None) -> int:
     """What ``Mango.nbytes`` will count for one parameter of this shape, in bytes.
 
@@ -64,5 +58,5 @@ def layer_nbytes(shape: Sequence[int], plan: LayerPlan | None) -> int:
 def _layer_nbytes(shape: tuple[int, ...], plan: LayerPlan | None) -> int:
     if plan is None:
         return 2 * prod(shape) * torch.float32.itemsize  # the two moments of plain AdamW
-    stack = LayerStack(plan, shape, 1, torch.device("meta"), "a parameter")
+    stack = LayerStack(plan, matrix_shape(shape), matrix_count(shape), torch.device("meta"), "a parameter")
     return sum(part.nbytes for part in stack.parts().values())

@@ -189,7 +189,7 @@ class LayerStack:
             return self.rows * self.cols >= HALVES_PAY and bfloat16_units(self.device)
         return hyper.matmul == "bfloat16"
 
-    def _start(self, hyper: Hyper, generators: Sequence[torch.Generator]) -> Tensor:
+    def _start(self, hyper: Hyper, generators: Sequence[torch.Generator | None]) -> Tensor:
         """Rows that the basis is found from, (layers, r, n): the momentum, strongest row first, and scouts in place of its last rows."""
         fresh = self.rank if hyper.step == 1 else self.scouts
         drawn = [torch.randn((fresh, self.large), generator=generator, device=self.device) for generator in generators]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,8 @@ from mango.optim.adamw import adamw
 from mango.optim.fused import FusedBackward
 from mango.optim.guard import Guard
 from mango.optim.layers import Hyper, LayerStack, Workspace
-from mango.optim.plan import LayerPlan
+from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
 
-EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
-SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
 MATMUL = ("auto", "float32", "bfloat16")
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
@@ -60,6 +57,8 @@ class Mango(torch.optim.Optimizer):
         seed: with the step it determines the scouts.
         matmul: "float32", "bfloat16", or "auto": bfloat16 for matrices of at least 2^18 values where the processor has units for it
             (AVX512-BF16, AMX, CUDA from compute capability 8.0 on). Sums are in float32 and so is what is kept; a step differs by rounding.
+        memory_budget: of ``nbytes()``, in bytes or as "24GiB", "0.5 bytes/param": the best plan for each matrix under it is chosen (see
+            mango.policy.Budget) and takes the place of ``plan``, except in groups whose plan is None. Never exceeded.
         fuse_backward: step each parameter as soon as its gradient is complete, during ``backward``, and free the gradient: at its peak one
             layer's gradient is held. ``step()`` then ends the round (see mango.optim.fused for accumulation and clipping).
         max_norm: with ``fuse_backward``, clip gradients to this norm, as estimated from the rounds before.
@@ -92,6 +91,7 @@ class Mango(torch.optim.Optimizer):
         maximize: bool = False,
         seed: int = 0,
         matmul: str = "auto",
+        memory_budget: int | float | str | None = None,
         fuse_backward: bool = False,
         max_norm: float | None = None,
     ) -> None:
@@ -101,7 +101,7 @@ class Mango(torch.optim.Optimizer):
         self._prepare()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plan": plan}
         defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul}
-        super().__init__(params, defaults)
+        super().__init__(params if memory_budget is None else spend(params, memory_budget, defaults), defaults)
         if fuse_backward:
             self._fused = FusedBackward(self, max_norm)
 
@@ -118,7 +118,7 @@ class Mango(torch.optim.Optimizer):
                 name = self._places[param].name
                 if not param.is_floating_point():
                     raise ConfigError.of(f"{name}.dtype", param.dtype, "a real floating point type")
-                if group["plan"] is not None and _is_matrix(param):
+                if group["plan"] is not None and is_matrix(param.shape):
                     plan.columns(*matrix_shape(param.shape), name)
         except ConfigError:
             self.param_groups.pop()
@@ -177,7 +177,7 @@ class Mango(torch.optim.Optimizer):
         for param, grad in zip(params, grads, strict=True):
             place = self._places[param]
             item = _Item(param, grad, place)
-            if place.group["plan"] is None or not _is_matrix(param):
+            if place.group["plan"] is None or not is_matrix(param.shape):
                 small.setdefault((id(place.group), param.device), []).append(item)
             else:
                 step = self.state[param].get("step", 0)
@@ -261,7 +261,7 @@ class Mango(torch.optim.Optimizer):
             if number not in saved:
                 continue
             state = {key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value for key, value in saved[number].items()}
-            if group["plan"] is not None and _is_matrix(param):
+            if group["plan"] is not None and is_matrix(param.shape):
                 each = matrix_count(param.shape)
                 stack = LayerStack(LayerPlan.of(group["plan"]), matrix_shape(param.shape), each, param.device, name)
                 stack.load(0, each, state, name)
@@ -320,18 +320,29 @@ class _Item:
         return [self.place.name] if each == 1 else [f"{self.place.name}[{part}]" for part in range(each)]
 
 
-def _is_matrix(param: Tensor) -> bool:
-    return param.ndim >= 2 and param.numel() >= SMALLEST
+def spend(params: Iterable[Any], budget: int | float | str, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups that ``params`` means, cut further so that each matrix has the plan that the budget allows it."""
+    from mango.policy.budget import plans_for
 
-
-def matrix_count(shape: Sequence[int]) -> int:
-    """How many matrices a parameter holds: shape[0] for a stack of experts (three dimensions, of which the last two are at least 32)."""
-    return shape[0] if len(shape) == 3 and min(shape[1:]) >= EXPERT else 1
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Of each of its matrices: (shape[1], shape[2]) in a stack of experts, else (shape[0], product of the rest), as convolutions fold."""
-    return (shape[1], shape[2]) if matrix_count(shape) > 1 else (shape[0], prod(shape[1:]))
+    given = list(params)
+    groups = [dict(group) for group in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    named: list[tuple[str, Tensor]] = []
+    for number, group in enumerate(groups):
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = [
+            member if isinstance(member, tuple) else (f"param_groups[{number}]['params'][{place}]", member)
+            for place, member in enumerate(members)
+        ]
+        named += group["params"]
+    plain = {name for group in groups if group.get("plan", defaults["plan"]) is None for name, _ in group["params"]}
+    plans = plans_for(named, budget, field="memory_budget", plain=plain)
+    cut: list[dict[str, Any]] = []
+    for group in groups:
+        members_of: dict[LayerPlan | None, list[tuple[str, Tensor]]] = {}
+        for name, param in group["params"]:
+            members_of.setdefault(plans.get(name), []).append((name, param))
+        cut += [{**group, "params": members, "plan": plan} for plan, members in members_of.items()]
+    return cut
 
 
 def as_matrices(tensor: Tensor) -> list[Tensor]:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import prod
 from typing import Any
 
 from mango import codecs
 from mango.errors import ConfigError
 from mango.feedback.buffer import KINDS
+
+SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
+EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether Mango compresses the state of a parameter of this shape; others keep plain AdamW whatever the plan."""
+    return len(shape) >= 2 and prod(shape) >= SMALLEST
+
+
+def matrix_count(shape: Sequence[int]) -> int:
+    """How many matrices a parameter holds: shape[0] for a stack of experts (three dimensions, of which the last two are at least 32)."""
+    return shape[0] if len(shape) == 3 and min(shape[1:]) >= EXPERT else 1
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Of each of its matrices: (shape[1], shape[2]) in a stack of experts, else (shape[0], product of the rest), as convolutions fold."""
+    return (shape[1], shape[2]) if matrix_count(shape) > 1 else (shape[0], prod(shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -20,7 +39,7 @@ class LayerPlan:
         scouts: basis columns that are fresh Gaussian directions before each step (T3); fewer when the rank is smaller.
         basis_codec: how the basis is kept between steps. It is orthonormalised again before it is used (T4).
         factor_codec: quantise the factor U = PᵀH too (LRQ, T4); None leaves it exact.
-        moment_codec: how the moments of U are kept: the first as it is, the second as its square root (see mango.optim.moments).
+        moment_codec: how the moments of U are kept: the first as it is, the second as its square root.
         error: "codec", "gradient" or "none": where the part of H that the basis missed is kept (see mango.feedback.buffer).
         error_codec: the codec for ``error="codec"``.
         residual: also step along the part of H that the basis missed, with the column scales of the adaptive part (Fira).

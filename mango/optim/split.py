@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from mango.errors import ConfigError
-from mango.optim.mango import SMALLEST
+from mango.optim.plan import is_matrix
 
 Named = list[tuple[str, Tensor]]
 
@@ -36,6 +36,6 @@ def split(model_or_named: nn.Module | Iterable[tuple[str, Tensor]], exclude: Seq
     rest: Named = []
     for name, param in named:
         if param.requires_grad:
-            under_test = param.ndim >= 2 and param.numel() >= SMALLEST and not any(pattern.search(name) for pattern in patterns)
+            under_test = is_matrix(param.shape) and not any(pattern.search(name) for pattern in patterns)
             (matrices if under_test else rest).append((name, param))
     return matrices, rest

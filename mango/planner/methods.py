@@ -15,9 +15,9 @@ from mango import optim
 from mango.errors import ConfigError
 from mango.optim.accounting import layer_nbytes, state_tensors
 from mango.optim.adamw import adamw
-from mango.optim.layers import Hyper, LayerStack
+from mango.optim.layers import HALVES_PAY, Hyper, LayerStack, Workspace
 from mango.optim.mango import STACK_VALUES
-from mango.optim.plan import LayerPlan
+from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
 from mango.optim.split import split
 from mango.planner.trace import Watch
 
@@ -165,13 +165,14 @@ def scratch_nbytes(
 @cache
 def _stack_step(plan: LayerPlan, shape: Shape, layers: int, dtype: torch.dtype) -> int:
     device = torch.device("meta")
-    stack = LayerStack(plan, shape, layers, device, "a parameter")
-    params = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-    hyper = Hyper(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, maximize=False, step=2, seed=(0, 2, 0))
+    matrices = layers * matrix_count(shape)
+    stack = LayerStack(plan, matrix_shape(shape), matrices, device, "a parameter")
+    params = [torch.empty(matrix_shape(shape), dtype=dtype, device=device) for _ in range(matrices)]
+    matmul = "bfloat16" if prod(matrix_shape(shape)) >= HALVES_PAY else "float32"  # as "auto" chooses on the cards
+    hyper = Hyper(1e-3, (0.9, 0.999), 1e-8, weight_decay=0.0, maximize=False, step=2, seeds=[(0, 2, 0)] * matrices, matmul=matmul)
 
     def step() -> None:
-        workspace = torch.empty(layers, stack.rows, stack.cols, device=device)
-        stack.step(params, params, hyper, workspace)
+        stack.step(params, params, hyper, Workspace(device))
 
     return _peak(step, [*params, *stack.parts().values()])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mango import codecs
 from mango.errors import ConfigError
-from mango.optim.accounting import is_matrix, layer_nbytes
-from mango.optim.plan import LayerPlan
+from mango.optim.accounting import layer_nbytes
+from mango.optim.plan import LayerPlan, is_matrix, matrix_shape
 from mango.policy.knapsack import solve
 
 Shape = Sequence[int]
@@ -64,11 +64,11 @@ def quality(name: str, shape: Shape, plan: LayerPlan) -> float:
     :math:`\gamma`. The alphas are the codecs' certificates (T1) for basis, factor, moments and error; without error feedback
     :math:`\alpha_E = 0`. Replace it by a ``score`` of your own where captured energies have been measured.
     """
-    rows, cols = shape[0], prod(shape[1:])
+    rows, cols = matrix_shape(shape)
     share = _harmonic(plan.columns(rows, cols, name)) / _harmonic(min(rows, cols))
     used = _alpha(plan.basis_codec) * _alpha(plan.moment_codec) * (_alpha(plan.factor_codec) if plan.factor_codec else 1.0)
     kept = {"none": 0.0, "gradient": 1.0, "codec": _alpha(plan.error_codec)}[plan.error]
-    return rows * cols * share * used / (1.0 - DELAYED * (1.0 - share) * kept)
+    return prod(shape) * share * used / (1.0 - DELAYED * (1.0 - share) * kept)
 
 
 @cache
@@ -108,11 +108,12 @@ def plans_for(
     candidates: Sequence[LayerPlan | Mapping[str, Any]] | None = None,
     score: Score = quality,
     field: str = "budget",
+    plain: Collection[str] = (),
 ) -> dict[str, LayerPlan]:
     """The best plan for every matrix of a model, such that ``Mango.nbytes()``, small tensors' plain AdamW included, is at most ``budget``.
 
     Parameters that do not require a gradient have no state, tied ones are counted once, and parameters that are not matrices are not in
-    the answer. "bytes/param" is per trainable value.
+    the answer, nor are those named in ``plain``, which keep plain AdamW. "bytes/param" is per trainable value.
 
     Raises: as ``choose``.
     """
@@ -123,9 +124,9 @@ def plans_for(
             seen.add(id(parameter))
             shapes[name] = tuple(parameter.shape)
     limit = parse_budget(budget, sum(map(prod, shapes.values())), field)
-    matrices = {name: shape for name, shape in shapes.items() if is_matrix(shape)}
-    plain = sum(layer_nbytes(shape, None) for name, shape in shapes.items() if name not in matrices)
-    return _choose(matrices, LADDER if candidates is None else candidates, limit, score, plain, (field, budget))
+    matrices = {name: shape for name, shape in shapes.items() if is_matrix(shape) and name not in plain}
+    spent = sum(layer_nbytes(shape, None) for name, shape in shapes.items() if name not in matrices)
+    return _choose(matrices, LADDER if candidates is None else candidates, limit, score, spent, (field, budget))
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _choose(
 def _fitting(name: str, shape: Shape, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     if not is_matrix(shape):
         raise ConfigError.of(f"shape of {name}", tuple(shape), "two dimensions or more, and as many values as Mango compresses")
-    small = min(shape[0], prod(shape[1:]))
+    small = min(matrix_shape(shape))
     found = [plan for plan in plans if isinstance(plan.rank, float) or plan.rank <= small]
     if not found:
         raise ConfigError.of("candidates", [plan.rank for plan in plans], f"one of rank at most {small}, the smaller dimension of {name}")
