@@ -21,11 +21,13 @@ Row = dict[str, str | float | int]
 
 def candidates(rank: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """Row -> (optimizer of the registry, options)."""
+    quarter = max(1, rank // 4)
     return {
         "adamw": ("adamw", {}),
         f"mango rank {rank}": ("mango", {"plan": {"rank": rank}}),
         f"mango rank {rank}, no error": ("mango", {"plan": {"rank": rank, "error": "none"}}),
-        f"mango rank {max(1, rank // 4)}": ("mango", {"plan": {"rank": max(1, rank // 4)}}),
+        f"mango rank {quarter}": ("mango", {"plan": {"rank": quarter}}),
+        f"mango rank {quarter}, no error": ("mango", {"plan": {"rank": quarter, "error": "none"}}),
         "adafactor": ("adafactor", {}),
         "adamw8bit": ("adamw8bit", {}),
         f"galore rank {rank}": ("galore", {"rank": rank, "update_proj_gap": 200}),
