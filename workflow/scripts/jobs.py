@@ -172,8 +172,9 @@ def notebook_records(tier: TierConfig, subject: str) -> list[str]:
 
 
 def notebook_code(notebook: str) -> str:
-    """Hash of a notebook's code cells and what they import."""
-    return digest([f"notebooks/{notebook}.ipynb", "notebooks/common.py"])
+    """Hash of a notebook's code cells and what they import, the modules beside them included."""
+    shared = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "notebooks").glob("*.py"))
+    return digest([f"notebooks/{notebook}.ipynb", *shared])
 
 
 def unchecked_statements(tier: TierConfig) -> list[str]:
