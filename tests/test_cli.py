@@ -228,6 +228,8 @@ def test_doctor_reports_in_text_and_json(cache: Path) -> None:
     assert all(findings["core", name]["ok"] for name in ("python", "torch", "numpy", "mango"))
     assert findings["data", "cifar10"]["ok"] is False, "the stand-in is not CIFAR-10"
     assert "MANGO_DATA" in findings["data", "cifar10"]["remedy"]
+    assert findings["data", "text"]["ok"] is False and "Python's documentation" in findings["data", "text"]["detail"]
+    assert "fetch" not in findings["data", "text"]["remedy"], "there is nothing to fetch"
     assert all(finding["ok"] or finding["remedy"] for finding in findings.values())
 
 
