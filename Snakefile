@@ -2,7 +2,7 @@
 
 snakemake                                             the laptop tier
 snakemake --configfile workflow/config/smoke.yaml     another tier: one file holds all of its settings
-snakemake tuning                                      the learning-rate grids, on images held out of the training set (targets come first)
+snakemake tuning                                      the learning-rate grids, on data held out of the training set (targets come first)
 """
 
 import sys

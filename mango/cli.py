@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = actions.add_parser("list", help="every dataset and where it would be taken from")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(command=_data_list)
-    verify = actions.add_parser("verify", help="check checksums and decode every image")
+    verify = actions.add_parser("verify", help="check checksums and decode everything")
     verify.add_argument("name", nargs="*", help="datasets (default: all)")
     verify.set_defaults(command=_data_verify)
     fetch = actions.add_parser("fetch", help="download a dataset into the cache (the only command that uses the network)")
@@ -178,7 +178,8 @@ def _data_verify(options: argparse.Namespace) -> int:
         with _Bars(enabled=True) as bars:
             loaded = data.load(name, progress=bars.decoded)
         found = loaded.identity()
-        print(f"{name}: {found['title']} ({found['source']}), {found['train']} + {found['test']} images, sha256 {found['fingerprint']}")
+        counts = f"{found['train']} + {found['test']} {loaded.unit}"
+        print(f"{name}: {found['title']} ({found['source']}), {counts}, sha256 {found['fingerprint']}")
     return 0
 
 

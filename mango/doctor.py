@@ -173,15 +173,15 @@ def _data() -> Iterator[Finding]:
     from mango import data
 
     for name in data.NAMES:
+        remedy = "set MANGO_DATA to the folder that holds it" + (", or run: mango data fetch cifar10" if name == "cifar10" else "")
         try:
             source, origin = data.find(name, "auto")
         except MangoError as error:
-            yield Finding("data", name, False, str(error), "set MANGO_DATA to the folder that holds it, or run: mango data fetch cifar10")
+            yield Finding("data", name, False, str(error), remedy)
             continue
         place = getattr(origin, "path", getattr(origin, "root", ""))
         real = source != "embedded" or name == "digits"
-        remedy = "" if real else "set MANGO_DATA to the folder that holds it, or run: mango data fetch cifar10"
-        yield Finding("data", name, real, f"{origin.title} ({source}) {place}".strip(), remedy)
+        yield Finding("data", name, real, f"{origin.title} ({source}) {place}".strip(), "" if real else remedy)
 
 
 def _folders() -> Iterator[Finding]:

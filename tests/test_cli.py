@@ -228,6 +228,8 @@ def test_doctor_reports_in_text_and_json(cache: Path) -> None:
     assert all(findings["core", name]["ok"] for name in ("python", "torch", "numpy", "mango"))
     assert findings["data", "cifar10"]["ok"] is False, "the stand-in is not CIFAR-10"
     assert "MANGO_DATA" in findings["data", "cifar10"]["remedy"]
+    assert findings["data", "text"]["ok"] is False and "Python's documentation" in findings["data", "text"]["detail"]
+    assert "fetch" not in findings["data", "text"]["remedy"], "there is nothing to fetch"
     assert all(finding["ok"] or finding["remedy"] for finding in findings.values())
 
 
@@ -250,7 +252,11 @@ def test_unknown_command_and_missing_argument(here: Callable[..., tuple[int, str
 def test_data_list_and_verify(here: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = here("data", "list", "--json")
     assert code == 0
-    assert {row["name"]: row["source"] for row in json.loads(out)["datasets"]} == {"cifar10": "embedded", "digits": "embedded"}
+    assert {row["name"]: row["source"] for row in json.loads(out)["datasets"]} == {
+        "cifar10": "embedded",
+        "digits": "embedded",
+        "text": "embedded",
+    }
     code, out, err = here("data", "verify", "digits")
     assert (code, err) == (0, "")
     assert out.startswith("digits: digits (embedded stand-in) (embedded), 1442 + 355 images, sha256 ")

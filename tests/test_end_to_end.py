@@ -16,6 +16,7 @@ import yaml
 
 SETTINGS = "workflow/config/smoke.yaml"
 VARIANTS = ("adamw", "frozen", "galore", "mango")
+LANGUAGE = ("adamw", "frozen", "mango")
 THEOREMS = ("T1", "T2")
 
 
@@ -32,6 +33,10 @@ def shrink(path: Path) -> None:
         "grid": {"lr": [0.003, 0.01]},
     }
     experiment["variants"] = {name: experiment["variants"][name] for name in VARIANTS}
+    language = settings["experiments"]["language"]
+    language["data"] |= {"source": "embedded", "train": 20_000, "test": 2000, "validation": 0}
+    language["train"] |= {"steps": 4, "batch": 8, "eval_every": 2, "log_every": 2, "checkpoint_every": 2, "warmup": 1}
+    language["variants"] = {name: language["variants"][name] for name in LANGUAGE}
     settings["theory"] = {"seed": 0, "theorems": list(THEOREMS)}
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
 
@@ -67,9 +72,11 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def test_one_command_makes_records_figures_numbers_and_the_pdf(artifact: Artifact) -> None:
     smoke = artifact.folder / "results/smoke"
     assert {path.parent.parent.name for path in smoke.glob("cifar10/*/0/run.json")} == set(VARIANTS)
+    assert {path.parent.parent.name for path in smoke.glob("language/*/0/run.json")} == set(LANGUAGE)
     assert {path.stem for path in smoke.glob("theory/*.json")} == set(THEOREMS)
     assert json.loads((smoke / "data/cifar10.json").read_text())["title"] == "digits (embedded stand-in)"
-    for notebook in ("01_cifar10", "02_theory"):
+    assert json.loads((smoke / "data/language.json").read_text())["title"] == "Python's documentation (embedded stand-in)"
+    for notebook in ("01_cifar10", "02_theory", "03_optimizer"):
         assert json.loads((smoke / f"figures/{notebook}/numbers.json").read_text())
     pdf = artifact.folder / "paper/build/smoke/mango.pdf"
     assert pdf.read_bytes().startswith(b"%PDF") and pdf.stat().st_size > 50_000
@@ -88,14 +95,19 @@ def test_a_second_run_has_nothing_to_do(artifact: Artifact) -> None:
 
 
 DOWNSTREAM = {"Generating the paper's numbers, tables and statements", "Typesetting paper/build/smoke/mango.pdf"}
-IMAGES, BOUNDS = "Running notebooks/01_cifar10.ipynb", "Running notebooks/02_theory.ipynb"
+IMAGES, BOUNDS, LOSSES = (f"Running notebooks/{name}.ipynb" for name in ("01_cifar10", "02_theory", "03_optimizer"))
+RUNS = {f"Training cifar10: {variant}, seed 0" for variant in VARIANTS}
+TEXTS = {f"Training language: {variant}, seed 0" for variant in LANGUAGE}
+MANGO = {"Training cifar10: mango, seed 0", "Training language: mango, seed 0"}
 
 
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("mango/codecs/nf4.py", {"Training cifar10: mango, seed 0", "Checking theorem T1", IMAGES, BOUNDS, *DOWNSTREAM}),
+        ("mango/codecs/nf4.py", {*MANGO, "Checking theorem T1", IMAGES, BOUNDS, LOSSES, *DOWNSTREAM}),
         ("mango/compressors/lowrank.py", {"Checking theorem T2", BOUNDS, *DOWNSTREAM}),
+        ("mango/data/text.py", {"Preparing the data of language", *TEXTS, LOSSES, *DOWNSTREAM}),
+        ("mango/models/resnet.py", {*RUNS, IMAGES, LOSSES, *DOWNSTREAM}),
         ("mango/policy/scalarize.py", set()),
         ("paper/sections/abstract.tex", {"Typesetting paper/build/smoke/mango.pdf"}),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import math
 import re
 import shutil
 import sys
@@ -34,11 +35,37 @@ SETTINGS = {
             "variants": {
                 "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
                 "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
-                "adafactor": {"label": "Adafactor", "optimizer": "adafactor", "options": {"lr": 1e-2}},
-                "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}},
-                "mango-no-scouts": {"label": "Mango, no scouts", "optimizer": "mango", "options": {"lr": 3e-3, "plan": {"scouts": 0}}},
+                "adafactor": {"label": "Adafactor", "optimizer": "adafactor", "options": {"lr": 1e-2}, "seeds": [0]},
+                "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}, "seeds": [0]},
+                "mango-no-scouts": {
+                    "label": "Mango, no scouts",
+                    "optimizer": "mango",
+                    "options": {"lr": 3e-3, "plan": {"scouts": 0}},
+                    "seeds": [0],
+                },
             },
-        }
+        },
+        "language": {
+            "seeds": [0, 1],
+            "minutes": 1,
+            "data": {"name": "text", "source": "embedded", "train": 20_000, "test": 2000, "sequence": 32},
+            "model": {"name": "gpt", "depth": 1, "width": 64, "heads": 2, "ffn": 2},
+            "exclude": ["embedding", "head"],
+            "train": {"steps": 4, "batch": 8, "eval_every": 2, "log_every": 1},
+            "controls": {"dense": "adamw", "frozen": "frozen"},
+            "variants": {
+                "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
+                "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                "muon": {"label": "Muon (dense)", "optimizer": "muon", "options": {"lr": 3e-2}, "seeds": [0]},
+                "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}, "seeds": [0]},
+                "mango-noerror": {
+                    "label": "Mango, no error",
+                    "optimizer": "mango",
+                    "options": {"lr": 3e-3, "plan": {"error": "none"}},
+                    "seeds": [0],
+                },
+            },
+        },
     },
 }
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -46,15 +73,16 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 
 @functools.cache
 def tiny_results() -> Path:
-    """A results folder made by real, tiny runs: five variants on digits, two seeds of the controls, and one theorem."""
+    """A results folder made by real, tiny runs: five variants on digits and on text, two seeds of the controls, and one theorem."""
     from theory.__main__ import main
 
     results = Path(tempfile.mkdtemp(prefix="mango-tiny-")) / "results"
     atexit.register(shutil.rmtree, results.parent, ignore_errors=True)
     tier = config.validated(config.TierConfig, SETTINGS, "test settings")
-    for variant in tier.experiments["cifar10"].variants:
-        for seed in (0, 1) if variant in ("adamw", "frozen") else (0,):
-            train(config.resolve(tier, "cifar10", variant, seed), results / TIER / "cifar10" / variant / str(seed))
+    for name, chosen in tier.experiments.items():
+        for variant in chosen.variants:
+            for seed in chosen.seeds_of(variant):
+                train(config.resolve(tier, name, variant, seed), results / TIER / name / variant / str(seed))
     assert main(["--only", "T3", "--out", str(results / TIER / "theory")]) == 0
     return results
 
@@ -134,6 +162,34 @@ def test_image_classification_notebook_runs_on_real_records() -> None:
     assert numbers["cifar10.mango.state"]["value"] == pytest.approx(expected, rel=1e-12)
     assert numbers["cifar10.contraction.count"]["value"] > 0
     assert all(entry["tier"] == TIER and entry["source"] == "notebooks/01_cifar10.ipynb" for entry in numbers.values())
+
+
+def test_optimizer_notebook_reads_both_experiments() -> None:
+    out = executed("03_optimizer")
+    for figure in ("pareto", "curves", "recovered", "contraction"):
+        assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+        assert (out / f"{figure}.png").stat().st_size > 5000
+    numbers = json.loads((out / "numbers.json").read_text())
+    record = json.loads((tiny_results() / TIER / "language" / "mango" / "0" / "run.json").read_text())
+    final = record["metrics"]["final"]
+    assert numbers["language.data"]["value"] == "Python's documentation (embedded stand-in)"
+    assert numbers["language.metric"]["value"] == "bits_per_byte"
+    assert numbers["language.mango.bits_per_byte"]["value"] == pytest.approx(final["test_loss"] / math.log(2))
+    assert numbers["language.under_test"]["value"] == record["parameters"]["compressed"] / record["parameters"]["total"]
+    assert (numbers["language.dense"]["value"], numbers["language.frozen"]["value"]) == ("adamw", "frozen")
+    assert numbers["language.headline"]["value"] == "mango"
+    assert numbers["language.mango-noerror.ablates"]["value"] == "without error feedback"
+    assert numbers["language.mango-noerror.loss_std"]["value"] is None, "one seed"
+    assert numbers["language.contraction.count"]["value"] > 0
+    assert not any(key.startswith("cifar10.") for key in numbers), "those are the other notebook's"
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1.0, [(1, 2), (3, 5)]), (-1.0, [(1, -2), (2, -1)])])
+def test_the_front_holds_what_nothing_beats(sign: float, expected: list[tuple[float, float]]) -> None:
+    import figures
+
+    points = [(1, 2), (2, 1), (3, 5), (4, 5), (1, 1.5) if sign > 0 else (1, 3)]
+    assert figures.front((x, sign * y) for x, y in points).tolist() == [list(point) for point in expected]
 
 
 def test_theory_notebook_runs_on_the_theorems_that_there_are() -> None:

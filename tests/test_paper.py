@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
 
 import paper_build  # noqa: E402
 import paper_claims  # noqa: E402
+import paper_experiments  # noqa: E402
 import paper_generate  # noqa: E402
 import paper_numbers  # noqa: E402
 import paper_theory  # noqa: E402
@@ -47,7 +48,7 @@ def source(path: Path) -> str:
 @functools.cache
 def generated() -> Path:
     """What paper_generate writes from the notebooks' real, tiny runs."""
-    for name in ("01_cifar10", "02_theory"):
+    for name in ("01_cifar10", "02_theory", "03_optimizer"):
         executed(name)
     out = tiny_results().parent / "generated"
     assert paper_generate.main(["--tier", TIER, "--results", str(tiny_results()), "--out", str(out)]) == 0
@@ -110,7 +111,7 @@ def test_guards_name_values_that_some_tier_gives() -> None:
     assert keys
     from theory import THEOREMS
 
-    for key in keys - {"cifar10.archived"}:
+    for key in keys - {f"{name}.archived" for name in paper_experiments.EXPERIMENTS}:
         assert re.fullmatch(r"theory\.(T\d)\.bound", key) and key.split(".")[1] in THEOREMS
 
 
@@ -206,8 +207,13 @@ def test_two_notebooks_may_not_give_the_same_key(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- verdicts follow the numbers
 
 
-def altered(**changes: object) -> paper_numbers.Numbers:
-    """The tiny runs' numbers as if the task had decided: Mango recovers 0.95 at 0.9 bytes, Adafactor 0.8 at 0.1; then the changes."""
+ABLATION = {"cifar10": "mango-no-scouts", "language": "mango-noerror"}  # the variant of the tiny runs that differs in one setting
+PEER = {"cifar10": "adafactor", "language": "muon"}
+
+
+def altered(experiment: str = "cifar10", **changes: object) -> paper_experiments.Sentences:
+    """The tiny runs' numbers as if the task had decided: Mango recovers 0.95 at 0.9 bytes, the peer 0.8 at 0.1; then the changes, in
+    which "peer" and "ablation" stand for those variants."""
     numbers = paper_numbers.Numbers.read(tiny_results() / TIER / "figures")
     values = {key: dict(entry) for key, entry in numbers.values.items()}
     judged: dict[str, object] = {
@@ -217,44 +223,51 @@ def altered(**changes: object) -> paper_numbers.Numbers:
         "mango.recovered": 0.95,
         "mango.recovered_std": 0.01,
         "mango.state": 0.9,
-        "adafactor.recovered": 0.8,
-        "adafactor.state": 0.1,
-        "mango-no-scouts.recovered": 0.7,
-        "mango-no-scouts.recovered_std": 0.01,
+        "peer.recovered": 0.8,
+        "peer.state": 0.1,
+        "ablation.recovered": 0.7,
+        "ablation.recovered_std": 0.01,
     }
-    for key, value in (judged | {key.replace("__", ".").replace("_no_", "-no-"): value for key, value in changes.items()}).items():
-        values[f"cifar10.{key}"]["value"] = value
-    return paper_numbers.Numbers(values)  # type: ignore[arg-type]
+    for key, value in (judged | {key.replace("__", "."): value for key, value in changes.items()}).items():
+        variant = key.replace("peer", PEER[experiment]).replace("ablation", ABLATION[experiment])
+        values[f"{experiment}.{variant}"]["value"] = value
+    return paper_experiments.Sentences(paper_numbers.Numbers(values), experiment)  # type: ignore[arg-type]
 
 
-def test_a_task_that_does_not_decide_supports_no_claim() -> None:
+@pytest.mark.parametrize("experiment", paper_experiments.EXPERIMENTS)
+def test_a_task_that_does_not_decide_supports_no_claim(experiment: str) -> None:
     generated()
-    numbers = paper_numbers.Numbers.read(tiny_results() / TIER / "figures")  # four steps decide nothing
-    assert "supports no claim" in paper_claims.gap(numbers)
-    assert "no conclusion" in paper_claims.headline(numbers)
-    assert "support no claim" in paper_claims.abstract(numbers)
-    assert paper_claims.peers(numbers) == ""
+    text = altered(experiment, gap_passes=False, gap_reason="four steps decide nothing", mango__recovered=None)
+    assert "supports no claim" in text.gap()
+    assert "no conclusion" in text.headline()
+    assert "support no claim" in text.abstract()
+    assert text.peers() == ""
 
 
-def test_verdicts_follow_the_numbers() -> None:
+@pytest.mark.parametrize("experiment", paper_experiments.EXPERIMENTS)
+def test_verdicts_follow_the_numbers(experiment: str) -> None:
     generated()
-    assert "passes the test" in paper_claims.gap(altered())
-    assert "meets the aim" in paper_claims.headline(altered())
-    assert "falls short" in paper_claims.headline(altered(mango__recovered=0.85))
-    assert "falls short" in paper_claims.headline(altered(mango__state=1.2))
-    assert "none recovers more" in paper_claims.peers(altered())
-    assert "not on the Pareto front" in paper_claims.peers(altered(adafactor__recovered=0.97))
-    assert "is on the Pareto front" in paper_claims.peers(altered(adafactor__recovered=0.97, adafactor__state=2.0))
-    assert "less by over two standard deviations" in paper_claims.ablations(altered())
-    assert "within two standard deviations" in paper_claims.ablations(altered(mango_no_scouts__recovered=0.94))
-    assert "one seed, no verdict" in paper_claims.ablations(altered(mango__recovered_std=None))
+    aim = paper_experiments.EXPERIMENTS[experiment]
+    assert "passes the test" in altered(experiment).gap()
+    assert "meets the aim" in altered(experiment, mango__recovered=aim.recovered).headline()
+    assert "falls short" in altered(experiment, mango__recovered=aim.recovered - 0.05).headline()
+    larger = altered(experiment, mango__recovered=aim.recovered, mango__state=1.2).headline()
+    assert ("meets the aim" if aim.state is None else "falls short") in larger
+    assert "none recovers more" in altered(experiment).peers()
+    assert "not on the Pareto front" in altered(experiment, peer__recovered=0.97).peers()
+    assert "is on the Pareto front" in altered(experiment, peer__recovered=0.97, peer__state=2.0).peers()
+    assert "less by over two standard deviations" in altered(experiment).ablations()
+    assert "within two standard deviations" in altered(experiment, ablation__recovered=0.94).ablations()
+    assert "one seed, no verdict" in altered(experiment, mango__recovered_std=None).ablations()
 
 
 def test_stand_in_data_are_never_printed_as_cifar() -> None:
     generated()
-    text = paper_claims.data(altered())
+    text = altered().data()
     assert "stand in for CIFAR-10" in text and "nothing below is a statement about CIFAR-10" in text
-    assert "stand in" not in paper_claims.data(altered(data="CIFAR-10 (JPEG)"))
+    assert "stand in" not in altered(data="CIFAR-10 (JPEG)").data()
+    assert "stands in for a corpus" in altered("language").data()
+    assert "WikiText" not in altered("language").data() and "merity" in altered("language", data="English text").data()
 
 
 def test_a_failed_theorem_is_said() -> None:
@@ -268,7 +281,7 @@ def test_a_failed_theorem_is_said() -> None:
 def test_the_table_of_claims_names_rules_that_exist() -> None:
     generated()
     rules = "".join(path.read_text() for path in [ROOT / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")])
-    for claim in paper_claims.evidence(altered(), {}, "laptop"):
+    for claim in paper_claims.evidence(altered().numbers, {}, "laptop"):
         if claim.rule.startswith("notebook_"):  # one rule for each notebook that the file lists
             assert 'f"notebook_{notebook}"' in rules and f'"{claim.rule.removeprefix("notebook_")}": ' in rules, claim.rule
         else:

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mango import models
 from mango.errors import ConfigError, DataError, NonFinite
 from mango.training import atomic, checkpoint, judge, record, schedule, schema
 from mango.training.config import RunSpec, TierConfig, load, resolve, validated
@@ -41,6 +42,18 @@ experiments:
       galore: {optimizer: galore, options: {lr: 3e-3, update_proj_gap: 7}}
       muon: {optimizer: muon, options: {lr: 2e-2}}
       mango: {label: Mango, optimizer: mango, options: {lr: 3e-3, plan: {rank: 0.25}}}
+  text:
+    seeds: [0, 1, 2]
+    minutes: 1
+    data: {name: text, source: embedded, test: 3000, validation: 2000, sequence: 32}
+    model: {name: gpt, depth: 1, width: 64, heads: 2, ffn: 2}
+    exclude: [embedding, head]
+    train: {steps: 12, batch: 8, eval_every: 6, eval_batch: 64, log_every: 3, checkpoint_every: 5, warmup: 2}
+    controls: {dense: adamw, frozen: frozen}
+    variants:
+      adamw: {optimizer: adamw, options: {lr: 1e-2}}
+      frozen: {optimizer: adamw, options: {lr: 1e-2}, freeze: true}
+      mango: {label: Mango, optimizer: mango, options: {lr: 1e-2, plan: {rank: 0.25}}, seeds: [0]}
 """
 
 
@@ -63,8 +76,8 @@ def _isolated(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def spec(tier_file: Path, variant: str, *overrides: str, seed: int = 0) -> RunSpec:
-    return resolve(load(tier_file), "digits", variant, seed, list(overrides))
+def spec(tier_file: Path, variant: str, *overrides: str, seed: int = 0, experiment: str = "digits") -> RunSpec:
+    return resolve(load(tier_file), experiment, variant, seed, list(overrides))
 
 
 def lines_without_time(folder: Path) -> list[dict[str, object]]:
@@ -117,6 +130,16 @@ def test_the_exported_schema_accepts_shipped_tiers_and_rejects_an_unknown_key(pa
             "widht: 16",
             "experiments.digits.model.widht is an unknown key (value 16): the keys here are blocks, name, stem, width",
         ),
+        (
+            "{name: resnet, width: 16, blocks: [1, 1], stem: patch2}",
+            "{name: gpt}",
+            "experiments.digits.model.name = 'gpt' is not legal: one of resnet, resnet18, for data.name = digits",
+        ),
+        (
+            "name: text,",
+            "name: digits,",
+            "experiments.text.data.sequence is an unknown key (value 32): the keys here are augment, evaluate",
+        ),
         ("frozen: frozen}", "frozen: frzen}", "experiments.digits.controls.frozen = 'frzen' is not legal: one of adamw"),
         ("seeds: [0, 1]", "seeds: []", "experiments.digits.seeds = [] is not legal"),
         ("minutes: 1", "", "experiments.digits.minutes is missing"),
@@ -143,6 +166,7 @@ def test_a_bad_tier_file_is_named_with_field_value_and_what_is_legal(tmp_path: P
         ("foo=1", "foo is an unknown key"),
         ("data.source=lokal", "data.source = 'lokal' is not legal: 'auto', 'local', 'download' or 'embedded'"),
         ("train.steps=[", "not valid YAML"),
+        ("options.exclude=[head]", "options.exclude = ['head'] is not legal: the matrices under test are the task's"),
         ("train.clip=.inf", "train.clip = inf is not legal: a finite number"),
     ],
 )
@@ -455,6 +479,75 @@ def test_frozen_layers_keep_their_weights_and_the_rest_trains(tier_file: Path, t
         assert torch.equal(short[name], long[name])
     assert not torch.equal(short["head.weight"], long["head.weight"])
     assert first.memory.gradients == (first.parameters.total - first.parameters.compressed) * 4
+
+
+# text
+
+
+@pytest.fixture(scope="session")
+def texts(tier_file: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One whole run of each variant on text."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MANGO_CACHE", str(cache))
+        for variant in ("adamw", "frozen", "mango"):
+            folders[variant] = tmp_path_factory.mktemp("texts") / variant
+            train(spec(tier_file, variant, experiment="text"), folders[variant])
+    return folders
+
+
+def test_a_language_model_goes_through_the_same_loop(texts: dict[str, Path]) -> None:
+    found = record.load(texts["mango"] / "run.json")
+    final, lines = found.metrics.final, lines_without_time(texts["mango"])
+    assert final.test_loss == lines[-1]["loss"]
+    assert final.test_bits_per_byte == pytest.approx(final.test_loss / math.log(2))
+    assert final.test_accuracy is None and "accuracy" not in lines[-1]
+    assert lines[0]["loss"] > lines[-1]["loss"]  # type: ignore[operator]
+    assert found.throughput.unit == "bytes/s"
+    assert found.data.title == "Python's documentation (embedded stand-in)"
+    assert (found.data.test, found.data.validation) == (3000, 2000)
+    assert found.parameters.total == 2 * 256 * 64 + 8 * 64 * 64
+    assert found.contraction
+
+
+def initial(tier_file: Path) -> torch.nn.Module:
+    """The model with which the runs of seed 0 on text start."""
+    torch.manual_seed(0)
+    options = spec(tier_file, "adamw", experiment="text").config.model.model_dump(exclude={"name"})
+    return models.get("gpt", vocabulary=256, sequence=32, **options)
+
+
+def test_methods_and_controls_share_the_matrices_under_test(texts: dict[str, Path], tier_file: Path) -> None:
+    found = {name: record.load(folder / "run.json") for name, folder in texts.items()}
+    assert {run.parameters.compressed for run in found.values()} == {8 * 64 * 64}, "embedding and head, of 256 x 64, are left out"
+    assert found["frozen"].memory.gradients == 2 * 256 * 64 * 4
+    matrices = {"query", "key", "value", "out", "up", "down"}
+    assert {layer.split(".")[3] for layer in found["mango"].plan[0].layers} == matrices
+    start = {name: parameter.detach() for name, parameter in initial(tier_file).named_parameters()}
+    for name, weight in torch.load(texts["frozen"] / "model.pt", weights_only=True)["model"].items():
+        assert torch.equal(weight, start[name]) == name.startswith("blocks."), name
+
+
+def test_a_killed_language_model_resumes_bit_for_bit(texts: dict[str, Path], tier_file: Path, tmp_path: Path) -> None:
+    run = spec(tier_file, "mango", experiment="text")
+    crash_at(run, tmp_path, 8)
+    assert train(run, tmp_path, resume=True).resumed == [5]
+    assert lines_without_time(tmp_path) == lines_without_time(texts["mango"])
+
+
+def test_throughput_counts_targets(texts: dict[str, Path]) -> None:
+    found = record.load(texts["adamw"] / "run.json")
+    assert found.throughput.value >= 12 * 8 * 32 / found.wall_seconds
+
+
+def test_a_pattern_that_matches_no_parameter_is_named(tier_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exclude = 'tail' is not legal"):
+        train(spec(tier_file, "adamw", "exclude=[tail]", experiment="text"), tmp_path)
+
+
+def test_a_variant_may_have_seeds_of_its_own(tier_file: Path) -> None:
+    chosen = load(tier_file).experiments["text"]
+    assert (chosen.seeds_of("adamw"), chosen.seeds_of("mango")) == ([0, 1, 2], [0])
 
 
 def test_tuning_runs_are_judged_on_validation_images(tier_file: Path, tmp_path: Path) -> None:

@@ -123,6 +123,26 @@ def test_a_codec_reruns_the_variants_whose_plan_names_it_and_no_others() -> None
     assert variants_that_use("mango/training/loop.py") == set(variants)
 
 
+def test_an_experiment_depends_on_its_own_kind_of_data_and_model() -> None:
+    settings = load(ROOT / "workflow/config/laptop.yaml")
+    images, text = {"mango/data/images.py", "mango/models/resnet.py"}, {"mango/data/text.py", "mango/models/gpt.py"}
+    for experiment, own, other in (("cifar10", images, text), ("language", text, images)):
+        found = files(jobs.run_modules(resolve(settings, experiment, "adamw", 0).config))
+        assert own <= found and not other & found
+    assert jobs.data_code(settings, "cifar10") != jobs.data_code(settings, "language")
+
+
+def test_a_variant_runs_its_own_seeds() -> None:
+    settings = load(ROOT / "workflow/config/laptop.yaml")
+    seeds: dict[str, list[int]] = {}
+    for variant, seed in jobs.runs(settings, "language"):
+        seeds.setdefault(variant, []).append(seed)
+    assert seeds["mango"] == [0, 1, 2] and seeds["mango-noerror"] == [0]
+    assert {f"results/laptop/language/mango-noerror/{seed}/run.json" for seed in range(3)} & set(
+        jobs.notebook_records(settings, "language")
+    ) == {"results/laptop/language/mango-noerror/0/run.json"}
+
+
 def test_a_theorem_declares_every_codec_that_it_names() -> None:
     """Registry names are strings, which no import shows: the modules that a theorem declares must cover those in its file."""
     from mango import codecs

@@ -16,7 +16,9 @@ import numpy as np
 
 from mango.compat import torchvision
 from mango.data.decode import Record
-from mango.data.sources import cache_root, verify
+from mango.data.embedded import Digits
+from mango.data.images import ImageSource
+from mango.data.sources import cache_root, data_root, verify
 from mango.errors import DataError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -27,7 +29,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
-class Folders:
+class Folders(ImageSource):
     """``<root>/{train,test}/<class>/*.jpg|png``."""
 
     root: Path
@@ -60,7 +62,7 @@ class Folders:
 
 
 @dataclass(frozen=True)
-class Archive:
+class Archive(ImageSource):
     """The same folders in one tar archive, whose SHA-256 is known."""
 
     path: Path
@@ -79,7 +81,7 @@ class Archive:
 
 
 @dataclass(frozen=True)
-class Batches:
+class Batches(ImageSource):
     """``cifar-10-batches-py``: five pickled training batches and one test batch."""
 
     root: Path
@@ -120,6 +122,22 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):  # how Python 2 strings in old pickles are restored
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def find(source: str) -> tuple[str, ImageSource]:
+    """See ``mango.data.find``."""
+    if source == "embedded":
+        return "embedded", Digits()
+    if source == "download":
+        return "download", download()
+    root = data_root()
+    found = local(root) if root is not None else None
+    if found is not None:
+        return "local", found
+    if source == "local":
+        place = f"nothing of it in {root}" if root is not None else "there is no data folder (set MANGO_DATA)"
+        raise DataError(f"data.source = 'local' but cifar10 was not found: {place}; expected {LEGAL}")
+    return "embedded", Digits()
 
 
 def local(root: Path) -> Folders | Archive | Batches | None:

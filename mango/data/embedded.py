@@ -9,18 +9,21 @@ import numpy as np
 
 from mango.compat import require
 from mango.data.decode import Record
-from mango.errors import MissingExtra
+from mango.data.images import ImageSource
+from mango.errors import ConfigError, MissingExtra
 
 TEST_EVERY = 5  # every fifth image of a class is a test image
 
 
-class Digits:
+class Digits(ImageSource):
     """scikit-learn's 1 797 handwritten digits (UCI "Optical Recognition of Handwritten Digits"), 8x8, enlarged to 32x32x3.
 
     Each pixel becomes a block of 4x4 (nearest neighbour), so that models for 32x32 images run unchanged.
     """
 
     title = "digits (embedded stand-in)"
+    folder = "digits"
+    flip = False
 
     def key(self) -> str:
         try:
@@ -38,3 +41,10 @@ class Digits:
             yield Record(
                 "test" if seen[int(label)] % TEST_EVERY == 0 else "train", str(label), f"{number:04d}", pixels, "scikit-learn digits"
             )
+
+
+def find(source: str) -> tuple[str, Digits]:
+    """See ``mango.data.find``."""
+    if source in ("local", "download"):
+        raise ConfigError.of("data.source", source, "auto or embedded, the digits ship with scikit-learn")
+    return "embedded", Digits()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -12,15 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mango.data.decode import Pixels
+from mango.compat import require
+from mango.data.base import Progress, derive
+from mango.data.decode import Pixels, Record, cached
+from mango.data.sources import cache_root
 from mango.errors import ConfigError, DataError
 
 PAD = 4  # pixels of reflected border before a random crop, as is usual for CIFAR-10 (He et al., arXiv:1512.03385)
-
-
-def derive(seed: int, stream: str, counter: int) -> int:
-    """A 63-bit seed for the ``counter``-th use of a named stream; equal arguments give equal seeds, unequal ones unrelated seeds."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{counter}".encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class ImageData:
         classes: names of the classes.
         flip: whether mirrored images keep their class (not so for digits).
         mean, std: (3,) over the training subset, in units of 0..1.
+        augment: whether training batches are cropped and, where ``flip`` allows, mirrored at random.
     """
 
     name: str
@@ -60,6 +60,7 @@ class ImageData:
     flip: bool
     mean: Tensor
     std: Tensor
+    augment: bool = True
     unit: str = field(default="images", init=False)
 
     @property
@@ -67,12 +68,14 @@ class ImageData:
         return self.splits["train"].labels.device
 
     def to(self, device: torch.device) -> ImageData:
-        """The same data on ``device``."""
         splits = {name: Split(split.images.to(device), split.labels.to(device)) for name, split in self.splits.items()}
-        return ImageData(self.name, self.title, self.source, splits, self.classes, self.flip, self.mean.to(device), self.std.to(device))
+        return replace(self, splits=splits, mean=self.mean.to(device), std=self.std.to(device))
 
-    def batch(self, step: int, size: int, seed: int, augment: bool) -> tuple[Tensor, Tensor]:
-        """Batch number ``step`` (from 0) of the run with this seed: epochs without replacement, the ragged rest of an epoch left out.
+    def model_arguments(self) -> dict[str, int]:
+        return {"classes": len(self.classes)}
+
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Epochs without replacement, the ragged rest of an epoch left out.
 
         Returns: inputs (size, 3, height, width) float32 in channels-last order, labels (size,).
         """
@@ -80,7 +83,7 @@ class ImageData:
         epoch, position = divmod(step, len(train) // size)
         chosen = _permutation(len(train), derive(seed, "epoch", epoch))[position * size : (position + 1) * size]
         chosen = chosen.to(self.device)
-        images = self._augmented(train.images, chosen, derive(seed, "augment", step)) if augment else train.images[chosen]
+        images = self._augmented(train.images, chosen, derive(seed, "augment", step)) if self.augment else train.images[chosen]
         return self._normalised(images), train.labels[chosen]
 
     def evaluation(self, split: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,8 +92,11 @@ class ImageData:
         for start in range(0, len(data), size):
             yield self._normalised(data.images[start : start + size]), data.labels[start : start + size]
 
+    def scores(self, loss: float, accuracy: float) -> dict[str, float]:
+        """Accuracy."""
+        return {"accuracy": accuracy}
+
     def identity(self) -> dict[str, str | int]:
-        """What the run record says about the data."""
         joined = hashlib.sha256("".join(split.fingerprint() for split in self.splits.values()).encode()).hexdigest()
         counts = {name: len(split) for name, split in self.splits.items()}
         return {"name": self.name, "source": self.source, "title": self.title, "fingerprint": joined, **counts}
@@ -110,6 +116,44 @@ class ImageData:
         columns = _reflect(columns + offset[1], width)  # (batch, width)
         rows, columns = rows.to(images.device), columns.to(images.device)
         return images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+class ImageSource(ABC):
+    """Images by their records: every image once.
+
+    Attributes:
+        folder: where in the cache the decoded images lie.
+        flip: whether mirrored images keep their class.
+    """
+
+    title: str
+    folder = "cifar10"
+    flip = True
+
+    @abstractmethod
+    def key(self) -> str: ...
+
+    @abstractmethod
+    def records(self) -> Iterator[Record]: ...
+
+    def load(
+        self,
+        name: str,
+        used: str,
+        train: int | None = None,
+        test: int | None = None,
+        validation: int = 0,
+        progress: Progress | None = None,
+        augment: bool = True,
+    ) -> ImageData:
+        """Balanced subsets (see ``subset``). Raises: ConfigError, DataError."""
+        decoder = require("PIL", extra="experiments", purpose="decoding images").__version__  # another decoder may give other pixels
+        folder = cache_root() / self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = cached(folder, f"{type(self).__name__.lower()}-{self.key()}-pillow{decoder}", self.records, 32, progress)
+        splits = subset(pixels, train, test, validation, clip=used == "embedded" and name != "digits")
+        mean, std = statistics(splits["train"].images)
+        return ImageData(name, self.title, used, splits, pixels["train"].classes, self.flip, mean, std, augment)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

@@ -5,6 +5,7 @@ from mango.registry import Registry
 REGISTRY = Registry(
     "model",
     {
+        "gpt": "mango.models.gpt:GPT",
         "resnet": "mango.models.resnet:ResNet",
         "resnet18": "mango.models.resnet:resnet18",
     },

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from mango.errors import ConfigError, MissingExtra
 
@@ -32,15 +32,31 @@ class Strict(BaseModel):
 
 
 class Data(Strict):
-    """Which images: see ``mango.data.load``."""
+    """Which data, and how much of it: see ``mango.data.load``. Counts are images or bytes of text."""
+
+    source: Literal["auto", "local", "download", "embedded"] = "auto"
+    train: Positive | None = Field(None, description="for training; null = all")
+    test: Positive | None = Field(None, description="of the test split; null = all")
+    validation: Count = Field(0, description="held out of the training set, for tuning")
+    evaluate: Literal["test", "validation"] = Field("test", description="the split that is evaluated; tuning uses validation")
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of ``mango.data.load``."""
+        return self.model_dump(exclude={"evaluate"})
+
+
+class Images(Data):
+    """Images in classes; subsets are class-balanced."""
 
     name: Literal["cifar10", "digits"]
-    source: Literal["auto", "local", "download", "embedded"] = "auto"
-    train: Positive | None = Field(None, description="training images, class-balanced; null = all")
-    test: Positive | None = Field(None, description="test images, class-balanced; null = all")
-    validation: Count = Field(0, description="images held out of the training set, for tuning")
-    evaluate: Literal["test", "validation"] = Field("test", description="the split that is evaluated; tuning uses validation")
     augment: bool = Field(True, description="random crops, and mirror images where a class keeps its meaning")
+
+
+class Text(Data):
+    """Text as bytes."""
+
+    name: Literal["text"]
+    sequence: Positive = Field(128, description="bytes in a window")
 
 
 class ResNet(Strict):
@@ -58,7 +74,19 @@ class ResNet18(Strict):
     name: Literal["resnet18"]
 
 
-Model = Annotated[ResNet | ResNet18, Field(discriminator="name")]
+class GPT(Strict):
+    """A small GPT of nanochat's shape: see ``mango.models.gpt``. Vocabulary and sequence are the data's."""
+
+    name: Literal["gpt"]
+    depth: Positive = 3
+    width: Positive = 128
+    heads: Positive = 4
+    ffn: Positive = Field(4, description="hidden channels of the feed-forward part, as a multiple of the width")
+
+
+AnyData = Annotated[Images | Text, Field(discriminator="name")]
+Model = Annotated[ResNet | ResNet18 | GPT, Field(discriminator="name")]
+READS: dict[type[Data], tuple[type[Strict], ...]] = {Images: (ResNet, ResNet18), Text: (GPT,)}  # the models that each kind of data is for
 
 
 class Train(Strict):
@@ -96,6 +124,7 @@ class Variant(Strict):
     optimizer: str
     options: dict[str, Any] = {}
     freeze: bool = Field(False, description="the layers under test do not train")
+    seeds: Annotated[list[Count], Field(min_length=1)] | None = Field(None, description="null = the experiment's; fewer for an ablation")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="the values that were tried for each option when it was tuned"
     )
@@ -108,23 +137,43 @@ class Controls(Strict):
     frozen: str
 
 
-class Experiment(Strict):
-    """Data, model, training and the methods to compare on them."""
+class Task(Strict):
+    """What is trained on what, and which of its matrices are under test."""
+
+    data: AnyData
+    model: Model
+    train: Train
+    exclude: list[str] = Field(
+        [], description="regular expressions: parameters whose names match are not under test (embeddings, heads); see mango.optim.split"
+    )
+
+    @model_validator(mode="after")
+    def _model_reads_data(self) -> Self:
+        models = READS[type(self.data)]
+        if not isinstance(self.model, models):
+            legal = ", ".join(get_args(model.model_fields["name"].annotation)[0] for model in models)
+            raise ValueError(f"model.name = {self.model.name!r} is not legal: one of {legal}, for data.name = {self.data.name}")
+        return self
+
+
+class Experiment(Task):
+    """A task and the methods to compare on it."""
 
     seeds: Annotated[list[Count], Field(min_length=1)]
     minutes: Annotated[float, Field(gt=0)] = Field(description="declared share of the tier's time")
-    data: Data
-    model: Model
-    train: Train
     controls: Controls | None = None
     variants: Annotated[dict[str, Variant], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _controls_exist(self) -> Experiment:
+    def _controls_exist(self) -> Self:
         for role, name in self.controls.model_dump().items() if self.controls is not None else ():
             if name not in self.variants:
                 raise ValueError(f"controls.{role} = {name!r} is not legal: one of {', '.join(sorted(self.variants))}")
         return self
+
+    def seeds_of(self, variant: str) -> list[int]:
+        """The seeds of one variant: its own, or else the experiment's."""
+        return self.variants[variant].seeds or self.seeds
 
 
 class Theory(Strict):
@@ -143,15 +192,21 @@ class TierConfig(Strict):
     experiments: Annotated[dict[str, Experiment], Field(min_length=1)]
 
 
-class RunConfig(Strict):
+class RunConfig(Task):
     """What one variant of one experiment does; its hash is the run's identity. The seed and the names are kept beside it."""
 
-    data: Data
-    model: Model
-    train: Train
     optimizer: str
     options: dict[str, Any] = {}
     freeze: bool = False
+
+    @model_validator(mode="after")
+    def _exclude_is_the_tasks(self) -> Self:
+        if "exclude" in self.options:
+            raise ValueError(
+                f"options.exclude = {self.options['exclude']!r} is not legal: "
+                "the matrices under test are the task's, the same for every method and control: give exclude beside data and model"
+            )
+        return self
 
     def hash(self) -> str:
         """SHA-256 of the canonical JSON."""
@@ -192,7 +247,7 @@ def resolve(tier: TierConfig, experiment: str, variant: str, seed: int, override
     if variant not in chosen.variants:
         raise ConfigError.of("variant", variant, f"one of {', '.join(sorted(chosen.variants))} (experiment {experiment})")
     method = chosen.variants[variant]
-    config: dict[str, Any] = chosen.model_dump(include={"data", "model", "train"}) | method.model_dump(
+    config: dict[str, Any] = chosen.model_dump(include=set(Task.model_fields)) | method.model_dump(
         include={"optimizer", "options", "freeze"}
     )
     for override in overrides or []:

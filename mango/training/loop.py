@@ -78,14 +78,7 @@ class _Trainer:
             raise ConfigError.of("optimizer", self.config.optimizer, "one of " + ", ".join(sorted(optim.REGISTRY)))
         torch.manual_seed(run.seed)
         chosen = self.config.data
-        loaded = datasets.load(
-            chosen.name,
-            chosen.source,
-            chosen.train,
-            chosen.test,
-            chosen.validation,
-            lambda done: self.progress("images decoded", done, 0),
-        )
+        loaded = datasets.load(**chosen.arguments(), progress=lambda done: self.progress("images decoded", done, 0))
         if chosen.evaluate not in loaded.splits:
             raise ConfigError.of("data.validation", chosen.validation, "at least 1 when data.evaluate is validation")
         if settings.batch > len(loaded.splits["train"]):
@@ -93,14 +86,14 @@ class _Trainer:
         self.identity = loaded.identity()
         self.data = loaded.to(self.device)
         options = self.config.model.model_dump(exclude={"name"})
-        self.model: nn.Module = models.get(self.config.model.name, classes=len(self.data.classes), **options).to(self.device)
+        self.model: nn.Module = models.get(self.config.model.name, **self.data.model_arguments(), **options).to(self.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        under_test, _ = optim.split(self.model, self.config.options.get("exclude", ()))
+        under_test, _ = optim.split(self.model, self.config.exclude)
         self.under_test = sum(parameter.numel() for _, parameter in under_test)
         for _, parameter in under_test if self.config.freeze else ():
             parameter.requires_grad_(False)
-        self.optimizer = optim.build(self.config.optimizer, self.model, **self.config.options)
+        self.optimizer = optim.build(self.config.optimizer, self.model, exclude=self.config.exclude, **self.config.options)
         self.observable = self.optimizer if isinstance(self.optimizer, Observable) else None
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -151,7 +144,7 @@ class _Trainer:
         lr_factor = schedule.factor(counters.step, settings.steps, settings.schedule, settings.warmup, settings.floor)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
-        inputs, targets = self.data.batch(counters.step, settings.batch, self.spec.seed, self.config.data.augment)
+        inputs, targets = self.data.batch(counters.step, settings.batch, self.spec.seed)
         self.model.train()
         first = counters.step == 0
         with self.ledger.activations() if first else nullcontext():
@@ -174,6 +167,7 @@ class _Trainer:
         except NonFinite as error:
             raise self._non_finite(str(error), counters.step + 1) from error
         counters.step += 1
+        counters.trained += targets.numel()
         if observer is not None:
             self._observe(observer)
         counters.step_seconds += time.perf_counter() - begin
@@ -195,7 +189,8 @@ class _Trainer:
         inputs = inputs if settings.channels_last else inputs.contiguous()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
             logits = self.model(inputs)
-        return functional.cross_entropy(logits.float(), targets), logits
+        # (b, classes) and (b,) for images, (b, t, vocabulary) and (b, t) for tokens
+        return functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten()), logits
 
     def _observe(self, observer: Observable) -> None:
         """Keep what the optimizer certified and measured on this step."""
@@ -209,7 +204,7 @@ class _Trainer:
     def _log_training(self) -> None:
         counters = self.counters
         counters.train_loss = math.fsum(counters.losses) / len(counters.losses)
-        self._write("train", counters.train_loss, counters.correct / counters.seen)
+        self._write("train", counters.train_loss, self.data.scores(counters.train_loss, counters.correct / counters.seen))
         counters.losses, counters.correct, counters.seen = [], 0, 0
 
     @torch.no_grad()
@@ -222,26 +217,28 @@ class _Trainer:
             total += float(loss) * targets.numel()
             correct += int((logits.argmax(-1) == targets).sum())
             seen += targets.numel()
-        loss_value, accuracy = total / seen, correct / seen
+        loss_value = total / seen
         if not math.isfinite(loss_value):
             raise self._non_finite(f"the {split} loss is {loss_value}", self.counters.step)
-        self._write(split, loss_value, accuracy)
+        found = self.data.scores(loss_value, correct / seen)
+        self._write(split, loss_value, found)
         scores: dict[str, float | None] = {
             "step": self.counters.step,
             "train_loss": self.counters.train_loss,
             f"{split}_loss": loss_value,
-            f"{split}_accuracy": accuracy,
+            **{f"{split}_{metric}": value for metric, value in found.items()},
         }
         self.counters.final = scores
         if self.counters.lowest is None or loss_value < self.counters.lowest:
             self.counters.lowest, self.counters.best = loss_value, scores
 
-    def _write(self, split: str, loss: float, accuracy: float) -> None:
+    def _write(self, split: str, loss: float, scores: dict[str, float]) -> None:
         lr = self.optimizer.param_groups[0]["lr"]
-        row = {"step": self.counters.step, "split": split, "loss": loss, "accuracy": accuracy, "lr": lr}
+        row = {"step": self.counters.step, "split": split, "loss": loss, **scores, "lr": lr}
         self.log.write(row | {"time": round(time.monotonic() - self.resumed_at, 3)})
         if self.sink is not None:
-            self.sink.log({f"{split}/loss": loss, f"{split}/accuracy": accuracy, "lr": lr}, step=self.counters.step)
+            shown = {f"{split}/{key}": value for key, value in {"loss": loss, **scores}.items()}
+            self.sink.log(shown | {"lr": lr}, step=self.counters.step)
 
     def _non_finite(self, what: str, step: int) -> NonFinite:
         kept = self.out / CHECKPOINT

@@ -45,7 +45,7 @@ def _path(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str,
             here = field.annotation if field is not None else None
             parts.append(str(part))
             continue
-        members = [member for member in _classes(here) if part == _tag(member)]
+        members = [member for member in _classes(here) if part in _tags(member)]
         if members:  # a union's tag, which is no key of the file
             here = members[0]
             continue
@@ -63,7 +63,7 @@ def _classes(annotation: Any) -> list[type[BaseModel]]:
     return [found for argument in get_args(annotation) for found in _classes(argument)]
 
 
-def _tag(model: type[BaseModel]) -> str | None:
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The names by which a union knows the class."""
     field = model.model_fields.get("name")
-    values = get_args(field.annotation) if field is not None else ()
-    return values[0] if len(values) == 1 else None
+    return get_args(field.annotation) if field is not None else ()

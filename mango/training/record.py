@@ -36,26 +36,31 @@ class DataIdentity(Strict):
     name: str
     source: Literal["local", "download", "embedded"]
     title: str
-    fingerprint: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 over every split's pixels and labels")
+    fingerprint: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 over every split's content")
     train: int
     test: int
     validation: int = 0
 
 
 class Throughput(Strict):
-    value: float = Field(ge=0, description="training examples per second of training steps (evaluation and checkpoints left out)")
+    value: float = Field(ge=0, description="images or bytes of text per second of training steps (evaluation and checkpoints left out)")
     unit: str
 
 
 class Scores(Strict):
-    """``test_*`` when the test set was evaluated, ``validation_*`` when the configuration chose the validation set."""
+    """``test_*`` when the test set was evaluated, ``validation_*`` when the configuration chose the validation set.
+
+    Losses are mean cross-entropies in nats. The task's own metric is accuracy for images and bits per byte for text.
+    """
 
     step: int
     train_loss: float | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None
+    test_bits_per_byte: float | None = None
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    validation_bits_per_byte: float | None = None
 
 
 class Metrics(Strict):

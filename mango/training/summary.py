@@ -22,6 +22,7 @@ class Counters:
     losses: list[float] = field(default_factory=list)  # of the steps since the last train line
     correct: int = 0
     seen: int = 0
+    trained: int = 0  # targets of all steps
     train_loss: float | None = None  # of the last train line
     lowest: float | None = None  # loss of all evaluations
     final: dict[str, float | None] = field(default_factory=dict)
@@ -86,7 +87,7 @@ def record_of(
         "resumed": counters.resumed,
         "steps": counters.step,
         "wall_seconds": counters.wall_seconds,
-        "throughput": {"value": counters.step * spec.config.train.batch / counters.step_seconds, "unit": unit},
+        "throughput": {"value": counters.trained / counters.step_seconds, "unit": unit},
         "metrics": {"final": counters.final, "best": counters.best},
         "memory": {
             **memory,

@@ -13,7 +13,7 @@ rule data:
         mem_mb=4000,
         runtime=60,
     params:
-        code=jobs.data_code(),
+        code=lambda w: jobs.data_code(TIER_CONFIG, w.experiment),
         settings=lambda w: DATA[w.experiment],
         file=SETTINGS_FILE,
     message:

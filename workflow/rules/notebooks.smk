@@ -1,11 +1,18 @@
 """Figures and numbers. Notebooks run under papermill; the executed copy is a log, so that a failed one is kept and can be opened."""
 
-# Notebook -> the figures it leaves, each as PDF and PNG. The name after the number is the experiment that it reads, or "theory".
+# Notebook -> the figures it leaves, each as PDF and PNG.
 FIGURES = {
     "01_cifar10": ["curves", "pareto", "recovered", "contraction"],
     "02_theory": [],
+    "03_optimizer": ["pareto", "curves", "recovered", "contraction"],
 }
-NOTEBOOKS = [name for name in FIGURES if name[3:] in ("theory", *TIER_CONFIG.experiments)]
+# Notebook -> what it reads: experiments, or the theorems. It runs in the tiers that have all of it.
+READS = {
+    "01_cifar10": ("cifar10",),
+    "02_theory": ("theory",),
+    "03_optimizer": ("language", "cifar10"),
+}
+NOTEBOOKS = [name for name in FIGURES if {"theory", *TIER_CONFIG.experiments}.issuperset(READS[name])]
 
 for notebook in NOTEBOOKS:
 
@@ -14,7 +21,7 @@ for notebook in NOTEBOOKS:
             f"notebook_{notebook}"
         input:
             notebook=f"notebooks/{notebook}.ipynb",
-            records=jobs.notebook_records(TIER_CONFIG, notebook[3:]),
+            records=[record for subject in READS[notebook] for record in jobs.notebook_records(TIER_CONFIG, subject)],
         output:
             numbers=f"{RESULTS}/figures/{notebook}/numbers.json",
             pdf=expand(f"{RESULTS}/figures/{notebook}/{{figure}}.pdf", figure=FIGURES[notebook]),

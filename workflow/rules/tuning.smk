@@ -1,4 +1,4 @@
-"""Learning rates: ``snakemake tuning`` runs every variant's ``grid`` on images held out of the training set, never on the test set. The chosen
+"""Learning rates: ``snakemake tuning`` runs every variant's ``grid`` on data held out of the training set, never on the test set. The chosen
 values are written into the tier's file by hand, so that ordinary runs do not depend on this."""
 
 

@@ -15,8 +15,7 @@ from typing import Any
 import jsonschema
 from codehash import ROOT, digest
 
-from mango import codecs, models, optim
-from mango.data import find
+from mango import codecs, data, models, optim
 from mango.errors import ConfigError
 from mango.registry import Registry
 from mango.training.config import RunConfig, TierConfig, load, resolve
@@ -75,7 +74,7 @@ def runs(tier: TierConfig, experiment: str) -> Iterator[tuple[str, int]]:
     """Every (variant, seed) of an experiment."""
     chosen = tier.experiments[experiment]
     for variant in chosen.variants:
-        for seed in chosen.seeds:
+        for seed in chosen.seeds_of(variant):
             yield variant, seed
 
 
@@ -108,9 +107,9 @@ def run_code(tier: TierConfig, experiment: str, variant: str) -> str:
 
 
 def run_modules(run: RunConfig) -> list[str]:
-    """The loop, and the registered parts that the settings name: model, optimizer, codecs of the plan (its defaults included)."""
+    """The loop, and the registered parts that the settings name: data, model, optimizer, codecs of the plan (its defaults included)."""
     optimizer = entry(optim.REGISTRY, run.optimizer)
-    modules = [*TRAINING, entry(models.REGISTRY, run.model.name), optimizer]
+    modules = [*TRAINING, entry(data.REGISTRY, run.data.name), entry(models.REGISTRY, run.model.name), optimizer]
     if "plan" in inspect.signature(optim.REGISTRY.load(run.optimizer)).parameters:
         plan = optim.LayerPlan.of(run.options.get("plan") or {})
         error = plan.error_codec if plan.error == "codec" else None
@@ -128,13 +127,13 @@ def data_settings(tier: TierConfig, experiment: str) -> str:
     chosen = tier.experiments[experiment].data
     if chosen.source == "download":  # looking would fetch it
         return chosen.model_dump_json()
-    used, origin = find(chosen.name, chosen.source)
+    used, origin = data.find(chosen.name, chosen.source)
     return f"{chosen.model_dump_json()} {used} {origin.key()}"
 
 
-def data_code() -> str:
-    """Hash of the code that finds and decodes data sets."""
-    return digest(["workflow/scripts/prepare_data.py"])
+def data_code(tier: TierConfig, experiment: str) -> str:
+    """Hash of the code that finds and decodes an experiment's data set."""
+    return digest(["workflow/scripts/prepare_data.py", entry(data.REGISTRY, tier.experiments[experiment].data.name)])
 
 
 def theorem_code(theorem: str) -> str:
@@ -173,8 +172,9 @@ def notebook_records(tier: TierConfig, subject: str) -> list[str]:
 
 
 def notebook_code(notebook: str) -> str:
-    """Hash of a notebook's code cells and what they import."""
-    return digest([f"notebooks/{notebook}.ipynb", "notebooks/common.py"])
+    """Hash of a notebook's code cells and what they import, the modules beside them included."""
+    shared = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "notebooks").glob("*.py"))
+    return digest([f"notebooks/{notebook}.ipynb", *shared])
 
 
 def unchecked_statements(tier: TierConfig) -> list[str]:

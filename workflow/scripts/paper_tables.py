@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import paper_claims
+from paper_experiments import EXPERIMENTS
 from paper_numbers import Numbers, escape, printed
 
 Records = Mapping[str, Mapping[str, Any]]
 RULE = object()  # a line between groups of rows
+METRICS = {"accuracy": r"test accuracy (\%)", "bits_per_byte": "test bits per byte"}
 
 
 def tabular(columns: str, head: Sequence[str], rows: Sequence[Sequence[str] | object]) -> str:
@@ -21,10 +23,14 @@ def tabular(columns: str, head: Sequence[str], rows: Sequence[Sequence[str] | ob
 
 def tables(numbers: Numbers, records: Records, reported: Mapping[str, Any], tier: str, seconds: Mapping[str, float]) -> dict[str, str]:
     """Every table by name."""
-    return {
-        "cifar10": comparison(numbers, "cifar10"),
-        "cifar10_live": comparison(numbers, "cifar10.live"),
-        "cifar10_settings": settings(numbers, "cifar10"),
+    experiments: dict[str, str] = {}
+    for name in EXPERIMENTS:
+        experiments |= {
+            name: comparison(numbers, name),
+            f"{name}_live": comparison(numbers, f"{name}.live"),
+            f"{name}_settings": settings(numbers, name),
+        }
+    return experiments | {
         "theorems": theorem_table(records),
         "cases": cases(records),
         "claims": claims(numbers, records, tier, seconds),
@@ -46,7 +52,7 @@ def comparison(numbers: Numbers, prefix: str) -> str:
             [
                 escape(numbers[f"{key}.label"]),
                 numbers.latex(f"{key}.seeds"),
-                plus_minus(numbers, f"{key}.accuracy"),
+                plus_minus(numbers, f"{key}.{numbers[f'{prefix}.metric']}"),
                 plus_minus(numbers, f"{key}.loss"),
                 plus_minus(numbers, f"{key}.recovered"),
                 numbers.bare(f"{key}.state"),
@@ -54,7 +60,7 @@ def comparison(numbers: Numbers, prefix: str) -> str:
             ]
         )
     unit = escape(numbers[f"{prefix}.throughput_unit"])
-    head = ["", "seeds", r"test accuracy (\%)", "test loss", "recovered gap", "state (B/param.)", unit]
+    head = ["", "seeds", METRICS[numbers[f"{prefix}.metric"]], "test loss", "recovered gap", "state (B/param.)", unit]
     return tabular("l r r r r r r", head, rows)
 
 
@@ -155,8 +161,10 @@ def reported_table(reported: Mapping[str, Any]) -> str:
 def machines(numbers: Numbers) -> str:
     """Where the runs of each experiment were made, and what they took."""
     rows = []
-    for prefix in dict.fromkeys(("cifar10", "cifar10.live")):
-        rows.append([numbers.latex(f"{prefix}.{key}") for key in ("tier_label", "machine", "torch", "runs", "wall", "energy")])
-    rows = rows[:1] if rows[0] == rows[-1] else rows
-    head = ["records", "machine", "PyTorch", "runs", "wall time", "energy"]
-    return tabular(r"l >{\raggedright\arraybackslash}p{1.7in} l r r >{\raggedright\arraybackslash}p{1.9in}", head, rows)
+    for name, experiment in EXPERIMENTS.items():
+        for prefix in (name, f"{name}.live"):
+            keys = ("tier_label", "machine", "torch", "runs", "wall", "energy")
+            row = [experiment.subject, *(numbers.latex(f"{prefix}.{key}") for key in keys)]
+            rows += [row] if row not in rows else []
+    head = ["", "records", "machine", "PyTorch", "runs", "wall time", "energy"]
+    return tabular(r"l l >{\raggedright\arraybackslash}p{1.5in} l r r >{\raggedright\arraybackslash}p{1.6in}", head, rows)

@@ -23,7 +23,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         data = load_tier(options.config).experiments[options.experiment].data
-        found = load(data.name, data.source, data.train, data.test, data.validation).identity()
+        found = load(**data.arguments()).identity()
     except MangoError as error:
         print(f"data: {error}", file=sys.stderr)
         return 2

@@ -33,10 +33,9 @@ def tune(experiment: str, config: str, variant: str, out: Path) -> dict[str, Any
         run = resolve(tier, experiment, variant, SEED, [*settings, f"data.validation={held_out}", "data.evaluate=validation"])
         folder = out.with_suffix("") / "-".join(f"{key}={value}" for key, value in options.items())
         try:
-            scores = train(run, folder, resume=True).metrics.final
-            points.append({"options": options, "loss": scores.validation_loss, "accuracy": scores.validation_accuracy})
+            points.append({"options": options, "loss": train(run, folder, resume=True).metrics.final.validation_loss})
         except NonFinite as error:
-            points.append({"options": options, "loss": None, "accuracy": None, "reason": str(error)})
+            points.append({"options": options, "loss": None, "reason": str(error)})
     finite = [point for point in points if point["loss"] is not None]
     best = min(finite, key=lambda point: point["loss"])["options"] if finite else None
     return {

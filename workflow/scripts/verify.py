@@ -18,7 +18,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # What is compared, with the tolerance that is recorded at least: relative, absolute. Bytes are counted and must be equal.
-COMPARED = {"accuracy": (0.0, 0.02), "loss": (0.03, 0.0), "recovered": (0.0, 0.05), "gap": (0.1, 0.0), "state": (1e-9, 0.0)}
+COMPARED = {
+    "accuracy": (0.0, 0.02),
+    "bits_per_byte": (0.03, 0.0),
+    "loss": (0.03, 0.0),
+    "recovered": (0.0, 0.05),
+    "gap": (0.1, 0.0),
+    "state": (1e-9, 0.0),
+}
 SPREADS = 3.0  # and at least so many standard deviations over seeds, where there are several
 THEORY = 0.05  # relative: searches and solvers differ a little between machines
 

@@ -1,0 +1,61 @@
+"""What the training loop asks of data, whatever they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Progress = Callable[[int], None]  # told how many items were decoded so far
+
+
+class Dataset(Protocol):
+    """Data ready to train on. Targets are classes or tokens: the loss is the mean cross-entropy over them."""
+
+    @property
+    def unit(self) -> str:
+        """What one target is, in the plural: throughput is counted in it."""
+
+    @property
+    def splits(self) -> Mapping[str, Sized]:
+        """ "train", "test" and, when asked for, "validation"."""
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same data on ``device``."""
+
+    def model_arguments(self) -> dict[str, int]:
+        """What a model has to know of the data."""
+
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of training step ``step`` (from 0) of the run with this seed: a function of its arguments alone."""
+
+    def evaluation(self, split: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """A split in order, each target once, in batches of at most ``size`` examples."""
+
+    def scores(self, loss: float, accuracy: float) -> dict[str, float]:
+        """The task's own metric, by its name in run records, from the mean loss (nats) and the share of targets predicted."""
+
+    def identity(self) -> dict[str, str | int]:
+        """What the run record says about the data."""
+
+
+class Source(Protocol):
+    """Where a dataset comes from."""
+
+    @property
+    def title(self) -> str:
+        """What the data truly is, for captions."""
+
+    def key(self) -> str:
+        """Changes whenever the content may have changed; names the cache."""
+
+    def load(self, name: str, used: str, train: int | None, test: int | None, validation: int, progress: Progress | None = None) -> Dataset:
+        """See ``mango.data.load``; a source may take further options of its kind of data."""
+
+
+def derive(seed: int, stream: str, counter: int) -> int:
+    """A 63-bit seed for the ``counter``-th use of a named stream; equal arguments give equal seeds, unequal ones unrelated seeds."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{counter}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,151 @@
+"""Models: closed forms of the GPT's parts, what its initialisation promises, and that it can learn."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from mango import models, optim
+from mango.errors import ConfigError
+from mango.models.gpt import GPT, ROTARY_BASE, SOFTCAP, Attention, norm, rotated
+
+
+def small(**changes: int) -> GPT:
+    torch.manual_seed(0)
+    return models.get("gpt", **{"vocabulary": 50, "sequence": 24, "depth": 2, "width": 32, "heads": 4, "ffn": 3, **changes})
+
+
+def awake(**changes: int) -> GPT:
+    """With a head that is not nearly zero, so that differences show."""
+    model = small(**changes)
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    return model
+
+
+def test_the_parameters_are_the_matrices_and_nothing_else() -> None:
+    model = small()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    block = {
+        "attention.query": (32, 32),
+        "attention.key": (32, 32),
+        "attention.value": (32, 32),
+        "attention.out": (32, 32),
+        "feedforward.up": (96, 32),
+        "feedforward.down": (32, 96),
+    }
+    blocks = {f"blocks.{depth}.{name}.weight": shape for depth in range(2) for name, shape in block.items()}
+    assert shapes == {"embedding.weight": (50, 32), **blocks, "head.weight": (50, 32)}
+    assert model.state_dict().keys() == shapes.keys()
+
+
+def test_the_matrices_under_test_leave_out_embedding_and_head() -> None:
+    matrices, rest = optim.split(small(width=64, vocabulary=256), ["embedding", "head"])
+    assert {name for name, _ in rest} == {"embedding.weight", "head.weight"}
+    assert len(matrices) == 2 * 6
+
+
+def test_no_prediction_depends_on_what_comes_later() -> None:
+    model = awake()
+    tokens = torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(0))
+    before = model(tokens)
+    for place in (1, 11, 23):
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 1) % 50
+        after = model(changed)
+        assert torch.equal(after[:, :place], before[:, :place])
+        assert not torch.allclose(after[:, place:], before[:, place:])
+    assert torch.allclose(model(tokens[:, :9]), before[:, :9], atol=1e-6), "a shorter input is a prefix"
+
+
+def test_attention_is_its_formula() -> None:
+    torch.manual_seed(0)
+    attention = Attention(8, 2)
+    x = torch.randn(1, 5, 8)
+    angles = torch.arange(5)[:, None] * ROTARY_BASE ** -torch.tensor([0.0, 0.5])  # 4 channels a head: two angles
+    query, key, value = (layer(x)[0].view(5, 2, 4) for layer in (attention.query, attention.key, attention.value))
+    expected = torch.zeros(5, 2, 4)
+    for head in range(2):
+        for t in range(5):
+            turned = []
+            for vectors in (query, key):
+                pairs = torch.view_as_complex(torch.stack((vectors[:, head, :2], vectors[:, head, 2:]), -1)) * torch.exp(1j * angles)
+                flat = torch.view_as_real(pairs).permute(0, 2, 1).reshape(5, 4)
+                turned.append(flat / flat.square().mean(-1, keepdim=True).add(torch.finfo().eps).sqrt())
+            weights = (turned[0][t] @ turned[1][: t + 1].T / 2).softmax(-1)
+            expected[t, head] = weights @ value[: t + 1, head]
+    found = attention(x, angles.cos(), angles.sin())[0]
+    assert torch.allclose(found, attention.out(expected.flatten(1)), atol=1e-6)
+
+
+@given(shift=st.integers(0, 15), seed=st.integers(0, 1000))
+def test_rotary_products_depend_on_the_distance_alone(shift: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, key = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    angles = torch.outer(torch.arange(32.0, dtype=torch.float64), torch.rand(4, generator=generator, dtype=torch.float64))
+
+    def turned(x: torch.Tensor, place: int) -> torch.Tensor:
+        return rotated(x[None], angles[place : place + 1].cos(), angles[place : place + 1].sin())[0]
+
+    assert turned(query, 3 + shift) @ turned(key, 1 + shift) == pytest.approx(float(turned(query, 3) @ turned(key, 1)), abs=1e-9)
+    assert turned(query, shift).norm() == pytest.approx(float(query.norm()))
+
+
+def test_it_starts_at_the_uniform_loss_with_unit_activations() -> None:
+    model = small(width=64, depth=4)
+    tokens = torch.randint(50, (8, 24), generator=torch.Generator().manual_seed(0))
+    assert functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).item() == pytest.approx(math.log(50), abs=0.01)
+    stream = norm(model.embedding(tokens))
+    for block in model.blocks:
+        stream = block(stream, model.cosine, model.sine)
+    assert 1.0 < stream.square().mean() < 3.0, "the blocks add about as much as the embedding, whatever the depth"
+
+
+def test_frozen_blocks_still_compute() -> None:
+    """The frozen control is a network with random blocks and not one without any."""
+    for block in small().blocks:
+        assert all(parameter.abs().sum() > 0 for parameter in block.parameters())
+
+
+def test_logits_stay_within_the_soft_cap() -> None:
+    model = small()
+    torch.nn.init.normal_(model.head.weight, std=1e3)
+    logits = model(torch.arange(24)[None])
+    assert logits.abs().max() <= SOFTCAP and logits.isfinite().all()
+
+
+def test_it_learns_a_rule_that_needs_attention() -> None:
+    """The next token is the one three places back: no token tells it by itself."""
+    model = small(vocabulary=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        tokens = torch.randint(16, (16, 3), generator=generator).repeat(1, 5)
+        loss = functional.cross_entropy(model(tokens)[:, 2:-1].flatten(0, 1), tokens[:, 3:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2 < math.log(16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": 30}, r"model\.width = 30 is not legal: a multiple of 8"),
+        ({"depth": 0}, r"model\.depth = 0 is not legal"),
+        ({"heads": 0}, r"model\.heads = 0 is not legal"),
+        ({"vocabulary": 0}, r"model\.vocabulary = 0 is not legal"),
+    ],
+)
+def test_bad_sizes_are_named(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        small(**changes)
+
+
+def test_an_input_longer_than_the_model_is_named() -> None:
+    with pytest.raises(ConfigError, match="25 is not legal: at most the 24 tokens"):
+        small()(torch.zeros(1, 25, dtype=torch.long))
