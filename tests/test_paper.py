@@ -30,6 +30,7 @@ NAMES = {
     "CIFAR-10": "a data set",
     "C4": "a data set",
     "NF4": "a code",
+    "bfloat16": "a number format",
     "top-1": "a compressor",
 }
 # Commands whose arguments are not read: keys, labels, files, and layout.
