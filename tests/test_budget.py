@@ -108,7 +108,7 @@ def test_a_subset_sum_stays_bounded_and_within_its_stated_part() -> None:
     chosen = solve(classes, capacity)
     assert chosen is not None
     weight = sum(options[index][0] for options, index in zip(classes, chosen, strict=True))
-    assert capacity * (1 - 1e-6) <= weight <= capacity
+    assert capacity * (1 - 1e-4) <= weight <= capacity
 
 
 # ---------------------------------------------------------------- budgets as text
