@@ -101,6 +101,17 @@ def test_a_model_of_hundreds_of_layers_that_all_differ_is_solved_quickly() -> No
     assert capacity - weight < 4096, "the optimum leaves less room than the smallest layer has values"
 
 
+def test_a_subset_sum_stays_bounded_and_within_its_stated_part() -> None:
+    """Values in proportion to weights leave nothing to prune; the capacity itself bounds the optimum."""
+    rng = random.Random(0)
+    classes = [[(0, 0.0)] + [(weight, float(weight)) for weight in rng.sample(range(1, 10**6), 4)] for _ in range(40)]
+    capacity = 10**7 + 1
+    chosen = solve(classes, capacity)
+    assert chosen is not None
+    weight = sum(options[index][0] for options, index in zip(classes, chosen, strict=True))
+    assert capacity * (1 - 1e-4) <= weight <= capacity
+
+
 # ---------------------------------------------------------------- budgets as text
 
 

@@ -88,7 +88,7 @@ def choose(
     score: Score = quality,
     field: str = "budget",
 ) -> dict[str, LayerPlan]:
-    """The plans with the largest total score whose state is at most ``budget``; of equal scores the smallest state.
+    """The plans with the largest total score whose state is at most ``budget``; of equal scores the smallest state (see ``solve``).
 
     Args:
         layers: name -> shape, for matrices (see ``is_matrix``); more than two dimensions fold to (shape[0], product of the rest).

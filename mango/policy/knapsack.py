@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 Option = tuple[int, float]  # weight, value
+LIMIT = 2048  # partial sums that are followed; hundreds are met with scores that are not made of the weights themselves
 
 
 class _Kind(NamedTuple):
@@ -37,6 +38,9 @@ def solve(classes: Sequence[Sequence[Option]], capacity: int) -> list[int] | Non
 
     Among choices of equal value the lightest is returned; among equal options the first; among equal classes the earlier ones get
     the heavier options. Weights are integers >= 0, values any finite numbers.
+
+    Values in proportion to weights (a subset sum) leave nothing to prune. Above LIMIT partial sums only those are followed that may add
+    more than a part in 10^9 to the value above the lightest choice, or in 10^8 and so on: the answer is then optimal to within that part.
     """
     kinds, light = _kinds(classes)
     room = capacity - light
@@ -119,16 +123,23 @@ def _extend(
         if state.weight + weight <= room
     ]
     grown.sort(key=lambda state: (state.weight, -state.value))
-    undominated: list[tuple[_State, int]] = []
-    highest = -1
+    undominated: list[_State] = []
+    lowers, uppers = [], []
     for state in grown:
-        if state.value <= highest:
-            continue
-        highest = state.value
-        whole, upper = relaxed.bounds(room - state.weight)
-        best = max(best, state.value + whole)
-        undominated.append((state, state.value + upper))
-    return [state for state, upper in undominated if upper >= best], best
+        if not undominated or state.value > undominated[-1].value:
+            whole, upper = relaxed.bounds(room - state.weight)
+            undominated.append(state)
+            lowers.append(state.value + whole)
+            uppers.append(state.value + upper)
+    best = max(best, *lowers)
+    kept = [place for place, upper in enumerate(uppers) if upper >= best]
+    parts = 10**9
+    while len(kept) > LIMIT and parts:
+        # the state whose greedy completion is the best solution known stays: one of its extensions has that completion again
+        known = lowers.index(best)
+        kept = [place for place in kept if uppers[place] > best + best // parts or place == known]
+        parts //= 10
+    return [undominated[place] for place in kept], best
 
 
 def _unwind(state: _State, kinds: Sequence[_Kind], count: int) -> list[int]:
