@@ -66,10 +66,8 @@ def draw_front(axis: Axes, runs: RunSet, field: str, label: str, look: Looks) ->
         axis.errorbar(row["state"], row[field], yerr=row[f"{field}_std"] or 0.0, label=row["label"], **marker)
     edge = front((x, sign * y) for x, y in zip(compared["state"], compared[field], strict=True))
     axis.step(edge[:, 0], sign * edge[:, 1], where="post", color="#9a9a9a", linewidth=0.8, linestyle="-", marker="none", zorder=0)
-    if frozen:
-        place = {"xy": (0.98, 0.98), "va": "top"} if sign < 0 else {"xy": (0.98, 0.02), "va": "bottom"}
-        axis.annotate(f"frozen: {abs(rows.loc[frozen, field]):.2f}", xycoords="axes fraction", ha="right", fontsize=8, **place)
-    axis.set(xscale="log", xlabel="optimizer state (bytes per parameter)", ylabel=label)
+    below = f"\nfrozen: {abs(rows.loc[frozen, field]):.2f}" if frozen else ""
+    axis.set(xscale="log", xlabel=f"optimizer state (bytes per parameter){below}", ylabel=label)
 
 
 def draw_recovered(runs: RunSet, look: Looks) -> Figure:

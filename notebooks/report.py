@@ -79,6 +79,7 @@ def report(runs: RunSet, prefix: str, numbers: Numbers) -> None:
         if key in settings:
             add(key, settings[key], "d")
     add("seeds", int(rows["seeds"].min()), "d")
+    add("seeds_most", int(rows["seeds"].max()), "d")
     add("runs", len(runs.every()), "d")
     add("wall", sum(run.wall_seconds for run in runs.every()) / 60, ".1f", unit="min")
     add("energy", energy(runs))

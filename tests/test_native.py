@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -87,3 +89,19 @@ def test_threads_do_not_change_a_result() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(same(a, b) for a, b in zip(found[0].tensors(), found[1].tensors(), strict=True))
+
+
+def test_starting_the_loops_leaves_torchs_threads() -> None:
+    """In a fresh process, at Mango's first step: numba may share torch's OpenMP runtime, and a run on one thread must stay on it."""
+    code = """
+import torch
+torch.set_num_threads(1)
+from mango import Mango
+layer = torch.nn.Linear(128, 128)
+optimizer = Mango(layer.named_parameters())
+layer(torch.randn(64, 128)).square().mean().backward()
+optimizer.step()
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

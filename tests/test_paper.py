@@ -262,6 +262,15 @@ def test_verdicts_follow_the_numbers(experiment: str) -> None:
     assert "one seed, no verdict" in altered(experiment, mango__recovered_std=None).ablations()
 
 
+@pytest.mark.parametrize(
+    ("least", "most", "words"),
+    [(1, 1, "one seed for"), (1, 3, r"one to \val{language.seeds_most} seeds for"), (3, 3, r"\val{language.seeds} seeds for")],
+)
+def test_the_number_of_seeds_is_said(least: int, most: int, words: str) -> None:
+    generated()
+    assert f"with {words} each variant" in altered("language", seeds=least, seeds_most=most).setup()
+
+
 def test_stand_in_data_are_never_printed_as_cifar() -> None:
     generated()
     text = altered().data()

@@ -67,8 +67,10 @@ class Sentences:
 
     def setup(self) -> str:
         val = self.val
-        seeds = "one seed" if self.get("seeds") == 1 else f"{val('seeds')} seeds"
-        runs = f"{val('runs')} runs in all, with at least {seeds} for each variant (records: {val('tier_label')})."
+        least = "one" if self.get("seeds") == 1 else val("seeds")
+        most = "" if self.get("seeds_most") == self.get("seeds") else f" to {val('seeds_most')}"
+        noun = "seed" if self.get("seeds_most") == 1 else "seeds"
+        runs = f"{val('runs')} runs in all, with {least}{most} {noun} for each variant (records: {val('tier_label')})."
         if self.name == "language":
             return (
                 rf"A GPT of nanochat's shape~\citep{{karpathy2025nanochat}} with depth {val('depth')}, width {val('width')} and a "
