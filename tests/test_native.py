@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -105,3 +107,35 @@ print(torch.get_num_threads())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+def test_an_installation_that_cannot_be_written_compiles_anew(tmp_path: Path) -> None:
+    """numba refuses to cache where neither the package's folder nor the user's cache can be written."""
+    shutil.copytree(Path(native.__file__).parents[1], tmp_path / "mango", ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+import os
+import numba.core.caching as caching
+caching.CacheImpl._locator_classes = []
+import torch
+from mango import codecs, native
+codec = codecs.get("nf4")
+assert native.ready(torch.device("cpu"))
+print(codec.decode(codec.encode(torch.ones(100))).sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "100.0"
+
+
+def test_a_numba_that_does_not_load_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise ImportError(f"{name} needs another numpy")
+
+    monkeypatch.setattr(native, "import_module", fails)
+    native._installed.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="numba does not load"):
+            assert not native.ready(CPU)
+        codec = codecs.get("nf4")
+        assert float(codec.decode(codec.encode(torch.ones(100))).sum()) == 100.0
+    finally:
+        native._installed.cache_clear()

@@ -8,7 +8,9 @@ behind ``ready``.
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -21,4 +23,11 @@ def ready(device: torch.device) -> bool:
 
 @cache
 def _installed() -> bool:
-    return os.environ.get("MANGO_NATIVE", "1") != "0" and find_spec("numba") is not None
+    if os.environ.get("MANGO_NATIVE", "1") == "0" or find_spec("numba") is None:
+        return False
+    try:
+        import_module("numba")
+    except ImportError as error:  # numba refuses a numpy that is newer than itself
+        warnings.warn(f"numba does not load, so the CPU loops run in torch: {error}", RuntimeWarning, stacklevel=3)
+        return False
+    return True

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from mango.native.jit import compiled
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ZERO, ONE, TINY = np.float32(0.0), np.float32(1.0), np.float32(1e-38)
@@ -17,7 +18,7 @@ NONE, UNIT, TWO, FOUR, EIGHT = (np.int32(bit) for bit in (0, 1, 2, 4, 8))
 MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def absmax(first: int, last: int, bits: Array, block: int, peaks: Array) -> None:
     """The largest magnitude of each block: float32 seen as int32, whose order is that of the magnitudes, with NaN above all.
 
@@ -33,7 +34,7 @@ def absmax(first: int, last: int, bits: Array, block: int, peaks: Array) -> None
         peaks[b] = peak
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def encode_bytes(first: int, last: int, x: Array, scales: Array, block: int, table: Array, codes: Array) -> None:
     """Codes from a table over [-1, 1]. x: (n,) float32; scales: (blocks,) float32; table: (65536,) uint8; codes: (n,) uint8, written."""
     entry = np.empty(block, np.int32)  # apart from the look-up, which has no vector instruction
@@ -50,7 +51,7 @@ def encode_bytes(first: int, last: int, x: Array, scales: Array, block: int, tab
             found[i] = table[np.uint32(entry[i])]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def decode_bytes(first: int, last: int, codes: Array, scales: Array, block: int, levels: Array, out: Array) -> None:
     """out (n,) float32 = level * scale, 0 where the scale is not above 1e-38. levels: (256,) float32."""
     for b in range(first, last):
@@ -60,7 +61,7 @@ def decode_bytes(first: int, last: int, codes: Array, scales: Array, block: int,
             values[i] = levels[found[i]] * scale
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, thresholds: Array, order: Array, codes: Array) -> None:
     """Codes of the nearest of 16 levels, two to a byte; equality goes to the lower level.
 
@@ -103,7 +104,7 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
             pairs[k] = np.uint8(np.uint16(halves[k] << np.uint16(4)) | np.uint16(halves[k] >> np.uint16(8)))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def decode_nibbles(first: int, last: int, codes: Array, scales: Array, block: int, levels: Array, out: Array) -> None:
     """out (n,) float32 = level * scale, 0 where the scale is not above 1e-38. levels: (16,) float32 by code."""
     for b in range(first, last):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from mango.native.codecs import TINY, ZERO
+from mango.native.jit import compiled
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TILE = 512  # columns whose sums stay in the first cache
@@ -37,7 +38,7 @@ def _widen(q: Array, buffer: Array) -> Any:
     return same
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def compensate(first: int, last: int, codes: Array, scales: Array, block: int, levels: Array, g: Array, sign: float, out: Array) -> None:
     """out = decode(codes) + sign * g, blocks ``first`` to ``last``. g, out: (n,) float32, whole blocks; see ``decode_nibbles``."""
     for b in range(first, last):
@@ -54,7 +55,7 @@ def compensate(first: int, last: int, codes: Array, scales: Array, block: int, l
             values[i] += sign * grads[i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def apply(first: int, last: int, w: Array, h: Array, scale: Array, by_row: bool, q: Array, decay: float) -> None:
     """w = decay w + (scale h + q), rows ``first`` to ``last``. w, h: (rows, cols) float32; scale: (rows,) or (cols,); q as above."""
     buffer = np.empty(w.shape[1], np.float32)
@@ -68,7 +69,7 @@ def apply(first: int, last: int, w: Array, h: Array, scale: Array, by_row: bool,
                 weights[j] = weights[j] * decay + (values[j] * scale[j] + taken[j])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def column_squares(first: int, last: int, h: Array, out: Array) -> None:
     """Squared norms of the columns of h (rows, cols), tiles ``first`` to ``last``, (cols,); torch's reduction is ten times slower."""
     for t in range(first, last):
