@@ -143,7 +143,8 @@ def power_step(
     complement. The projection is still carried out, for conditioning.
 
     Returns:
-        The new basis (…, dim, k) in float32 (float64 for float64 input), and an estimate of each column's captured energy
+        The new basis (…, dim, k) in float32 (float64 for float64 input; for a bfloat16 G to its precision), and an estimate of each
+        column's captured energy
         ‖vᵢᵀG‖², (…, k), descending. The estimate is the ratio of successive moments ‖GGᵀq‖² / ‖Gᵀq‖², a lower bound for
         what a single column captures after its power step, and exact for a singular vector.
     """
@@ -159,12 +160,12 @@ def power_step(
         y = g(q).to(q.dtype)  # (…, dim, k)
         rayleigh = (q * y).sum(dim=-2)  # (…, k) ‖Gᵀq‖²
     else:
-        g = g.to(q.dtype)
-        z = g.mT @ q  # (…, n, k)
+        g = g if g.dtype == torch.bfloat16 else g.to(q.dtype)
+        z = matmul(g.mT, q.to(g.dtype)).to(q.dtype)  # (…, n, k)
         norm = torch.linalg.vector_norm(z, dim=-2)  # (…, k)
         z = z / norm.clamp_min(torch.finfo(q.dtype).tiny).unsqueeze(-2)  # the square of a small gradient would underflow
-        y, rayleigh = g @ z, None
-    new, added = _orthonormalize(y)
+        y, rayleigh = matmul(g, z.to(g.dtype)), None
+    new, added = _orthonormalize(y, rough=not callable(g) and g.dtype == torch.bfloat16)
     # with z normalised, y = GGᵀq / ‖Gᵀq‖ and the ratio of moments is the square of what y adds
     energy = added.square() if rayleigh is None else added.square() / rayleigh.clamp_min(torch.finfo(q.dtype).tiny)
     energy, order = energy.sort(dim=-1, descending=True, stable=True)

@@ -19,7 +19,7 @@ from mango.optim.adamw import adamw
 from mango.optim.plan import matrix_count, matrix_shape
 from mango.policy.budget import parse_budget
 from mango.stacked import Stacked
-from mango.subspace import counter_generator, gaussian
+from mango.subspace import counter_generator, gaussian, scout_alpha
 
 EXACT = LayerPlan(basis_codec="fp32", moment_codec="fp32", error="gradient")
 
@@ -51,9 +51,17 @@ class Reference:
         m, n = h.shape
         rank = self.plan.columns(m, n)
         count = rank if self.t == 1 else (min(self.plan.scouts, rank) if rank < m else 0)
-        fresh = torch.randn(1, count, n, generator=counter_generator(seed))[0].double()
+        half = self.plan.power == "half"
+        fresh = torch.randn(*((count, n) if half else (m, count)), generator=counter_generator(seed)).double()
         old = torch.zeros(m, rank).double() if self.basis is None else self.basis
-        z = (fresh if self.basis is None else torch.cat([self.m[: rank - count], fresh])).T
+        if half:
+            z = (fresh if self.basis is None else torch.cat([self.m[: rank - count], fresh])).T
+        else:
+            kept = old[:, : rank - count]
+            for k in range(count):  # the scouts as they are projected, not as QR makes them of one another
+                column = fresh[:, k] - kept @ (kept.T @ fresh[:, k])
+                fresh[:, k] = column / column.norm()
+            z = h.T @ torch.cat([kept, fresh], 1)
         z = z / z.norm(dim=0)
         q, r = torch.linalg.qr(h @ z)
         q, diagonal = q * r.diagonal().sign(), r.diagonal().abs()
@@ -82,8 +90,9 @@ class Reference:
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (72, 72), (64, 8, 3, 3)])
 @pytest.mark.parametrize("error, residual, scouts", [("gradient", True, 1), ("none", True, 2), ("gradient", False, 0)])
-def test_matches_the_update_rule_in_float64(shape: tuple[int, ...], error: str, residual: bool, scouts: int) -> None:
-    plan = replace(EXACT, rank=8, scouts=scouts, error=error, residual=residual)
+@pytest.mark.parametrize("power", ["full", "half"])
+def test_matches_the_update_rule_in_float64(shape: tuple[int, ...], error: str, residual: bool, scouts: int, power: str) -> None:
+    plan = replace(EXACT, rank=8, scouts=scouts, error=error, residual=residual, power=power)
     param = nn.Parameter(gaussian((*shape, 1), (0,))[..., 0])
     reference = Reference(param.detach().flatten(1), plan, 0.01, (0.9, 0.99), 1e-8, 0.1)
     optimizer = Mango([("w", param)], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, plan=plan, seed=5)
@@ -172,9 +181,12 @@ def test_kept_error_reaches_what_truncation_never_steps(error: str, scouts: int,
 
 
 @pytest.mark.parametrize("factor, expected", [(None, 1.0), ("int8", codecs.get("int8").alpha())])
-def test_diagnostics(factor: str | None, expected: float) -> None:
+@pytest.mark.parametrize("power", ["full", "half"])
+def test_diagnostics(factor: str | None, expected: float, power: str) -> None:
     one, two, small = matrix(), matrix(seed=1), nn.Parameter(torch.zeros(10))
-    optimizer = Mango([("one", one), ("two", two), ("small", small)], plan=LayerPlan(rank=8, scouts=2, factor_codec=factor))
+    plan = LayerPlan(rank=8, scouts=2, factor_codec=factor, power=power)
+    optimizer = Mango([("one", one), ("two", two), ("small", small)], plan=plan)
+    basis = 2 / 64 if power == "half" else scout_alpha(64, 8, 2)
     push(optimizer, [(one, gaussian((64, 96), (2,))), (two, gaussian((64, 96), (3,))), (small, torch.ones(10))])
     assert optimizer.diagnostics() == {}
     optimizer.observe(True)
@@ -184,7 +196,7 @@ def test_diagnostics(factor: str | None, expected: float) -> None:
         assert set(found) == {"one", "two"}
         for values in found.values():
             assert set(values) == {"certified", "measured", "energy", "drift", "error_ratio"}
-            assert values["certified"] == pytest.approx(2 / 64 * expected)
+            assert values["certified"] == pytest.approx(basis * expected)
             assert values["certified"] <= values["measured"] <= values["energy"] + 1e-5 <= 1 + 2e-5
             assert 0 <= values["drift"] <= 1
     optimizer.observe(False)

@@ -23,9 +23,11 @@ from mango.subspace import (
     half_step,
     matmul,
     orthonormalize,
+    power_step,
     principal_cosines,
     rotate_moments,
     rotation,
+    scout_alpha,
 )
 
 HALVES_PAY = 1 << 18  # values of a matrix from which bfloat16 products are faster than the conversion costs
@@ -151,7 +153,7 @@ class LayerStack:
         a = low if self.rows <= self.cols else low.mT  # (layers, m, n)
 
         old = self.basis.read()  # (layers, m, r)
-        basis = half_step(a, self._start(hyper, generators)).to(low.dtype)
+        basis = self._track(a, old, hyper, generators).to(low.dtype)
         exact = matmul(basis.mT, a).float()  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
@@ -189,12 +191,14 @@ class LayerStack:
             return self.rows * self.cols >= HALVES_PAY and bfloat16_units(self.device)
         return hyper.matmul == "bfloat16"
 
-    def _start(self, hyper: Hyper, generators: Sequence[torch.Generator | None]) -> Tensor:
-        """Rows that the basis is found from, (layers, r, n): the momentum, strongest row first, and scouts in place of its last rows."""
+    def _track(self, a: Tensor, old: Tensor, hyper: Hyper, generators: Sequence[torch.Generator | None]) -> Tensor:
+        """The new basis (layers, m, r) for H (layers, m, n), strongest column first; scouts replace the weakest directions of the start."""
         fresh = self.rank if hyper.step == 1 else self.scouts
-        drawn = [torch.randn((fresh, self.large), generator=generator, device=self.device) for generator in generators]
-        scouts = torch.stack(drawn)  # (layers, fresh, n)
-        return scouts if fresh == self.rank else torch.cat([self.first.read()[:, : self.rank - fresh], scouts], dim=-2)
+        shape = (fresh, self.large) if self.plan.power == "half" else (self.small, fresh)
+        scouts = torch.stack([torch.randn(shape, generator=generator, device=self.device) for generator in generators])
+        if self.plan.power == "full":
+            return power_step(old, a, scouts)[0]
+        return half_step(a, scouts if fresh == self.rank else torch.cat([self.first.read()[:, : self.rank - fresh], scouts], dim=-2))
 
     def _product(self, basis: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         """basis @ factor in the orientation of the parameters, (layers, rows, cols)."""
@@ -270,7 +274,8 @@ class LayerStack:
         """
         if self._halves(hyper):
             return 0.0
-        basis = 1.0 if self.rank == self.small else self.scouts / self.small
+        half = self.scouts / self.small if self.rank < self.small else 1.0
+        basis = half if self.plan.power == "half" else scout_alpha(self.small, self.rank, self.scouts)
         return basis * (self.factor.alpha() if self.factor is not None else 1.0)
 
     def _diagnose(

@@ -28,7 +28,7 @@ class Mango(torch.optim.Optimizer):
 
     .. math::
         H &= G + E                                  && \text{gradient and kept error} \\
-        P &= \mathrm{orth}(H [M', S]^\top)           && \text{warm start from the momentum, } S \text{ fresh Gaussian scouts} \\
+        P &= \mathrm{orth}(H H^\top [P', S])         && \text{one warm power step, } S \text{ fresh Gaussian scouts} \\
         U &= P^\top H, \quad R = P^\top P'          && (r, n), (r, r) \\
         M &= \beta_1 R M + (1-\beta_1) U, \quad
         V = \beta_2 (R \circ R) V + (1-\beta_2) U \circ U && \text{rows new to the basis start from U} \\
@@ -37,9 +37,9 @@ class Mango(torch.optim.Optimizer):
         E &= H - P U                                && \text{kept as the plan says} \\
         W &\leftarrow (1 - \eta\lambda) W - \eta D
 
-    The map H -> PU contracts with T3's certificate in expectation over the scouts. Between steps only P, M, sqrt(V) and E are kept,
-    each through the codec that the plan names. Tensors with fewer than two dimensions or 4096 values, and groups with ``plan=None``,
-    are stepped by plain AdamW with float32 moments.
+    or, with ``power="half"``, P = orth(H [M', S]ᵀ) from the momentum. The map H -> PU contracts with T3's certificate in expectation over
+    the scouts. Between steps only P, M, sqrt(V) and E are kept, each through the codec that the plan names. Tensors with fewer than two
+    dimensions or 4096 values, and groups with ``plan=None``, are stepped by plain AdamW with float32 moments.
 
     Sources: GaLore (arXiv:2403.03507) for Adam on a projected gradient, Fira (arXiv:2410.01623) for the residual's column scales, LDAdam
     (arXiv:2410.16103) for moments that follow the basis and for the kept error. Departures: the basis moves every step by products alone,

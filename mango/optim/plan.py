@@ -12,6 +12,7 @@ from mango.errors import ConfigError
 from mango.feedback.buffer import KINDS
 
 SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
+POWERS = ("full", "half")
 EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
 
 
@@ -36,7 +37,9 @@ class LayerPlan:
 
     Attributes:
         rank: columns of the basis: an integer, or a fraction in (0, 1] of the smaller matrix dimension (rounded down, at least 1).
-        scouts: basis columns that are fresh Gaussian directions before each step (T3); fewer when the rank is smaller.
+        scouts: directions of the start that are fresh Gaussian ones before each step (T3); fewer when the rank is smaller.
+        power: how the basis moves: "full", one power step from the basis before, or "half", half a step from the momentum, which is one
+            product with the gradient cheaper and on language models a little worse.
         basis_codec: how the basis is kept between steps. It is orthonormalised again before it is used (T4).
         factor_codec: quantise the factor U = PᵀH too (LRQ, T4); None leaves it exact.
         moment_codec: how the moments of U are kept: the first as it is, the second as its square root.
@@ -47,6 +50,7 @@ class LayerPlan:
 
     rank: int | float = 1 / 8
     scouts: int = 1
+    power: str = "full"
     basis_codec: str = "bf16"
     factor_codec: str | None = None
     moment_codec: str = "int8"
@@ -61,6 +65,8 @@ class LayerPlan:
             raise ConfigError.of("plan.rank", self.rank, "an integer >= 1 or a fraction in (0, 1]")
         if isinstance(self.scouts, bool) or not isinstance(self.scouts, int) or self.scouts < 0:
             raise ConfigError.of("plan.scouts", self.scouts, "an integer >= 0")
+        if self.power not in POWERS:
+            raise ConfigError.of("plan.power", self.power, "one of " + ", ".join(POWERS))
         for name in ("basis_codec", "factor_codec", "moment_codec", "error_codec"):
             value = getattr(self, name)
             if value not in codecs.REGISTRY and not (value is None and name == "factor_codec"):
