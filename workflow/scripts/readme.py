@@ -37,8 +37,10 @@ def table() -> str:
                 f"| {recovered(values, key)} | {values[f'{key}.state']['value']:.2f} |"
                 for key, variant in experiment.variants.items()
             ]
+            fewer = any(variant.seeds is not None for variant in experiment.variants.values())
+            seeds = f"{'up to ' if fewer else ''}{len(experiment.seeds)} seeds"
             parts += [
-                f"{version['data']}, {MODELS[experiment.model.name]}, {experiment.train.steps} steps, {len(experiment.seeds)} seeds, "
+                f"{version['data']}, {MODELS[experiment.model.name]}, {experiment.train.steps} steps, {seeds}, "
                 f"two CPU cores (tier `{TIER}`):",
                 "",
                 f"| method | {head} | test loss | recovered | optimizer state, bytes per parameter |",
