@@ -9,13 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mango import codecs, native
+from mango import LayerPlan, Mango, codecs, native
+from mango.feedback.buffer import ErrorBuffer
+from mango.native import optim as loops
+from mango.optim.layers import column_norms
+from mango.subspace import gaussian
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
@@ -81,6 +86,47 @@ def test_double_quantised_scales_are_equal() -> None:
     assert all(same(a, b) for a, b in zip(mine.tensors(), twin.tensors(), strict=True))
 
 
+@pytest.mark.parametrize("error", ["codec", "none"])
+@pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96), (64, 8, 3, 3)])
+def test_a_step_of_mango_is_the_same_but_for_the_order_of_sums(error: str, matmul: str, shape: tuple[int, ...]) -> None:
+    def train() -> Tensor:
+        param = torch.nn.Parameter(gaussian((*shape, 1), (0,))[..., 0])
+        optimizer = Mango([("w", param)], lr=0.1, plan=LayerPlan(rank=8, error=error), matmul=matmul, weight_decay=0.1)
+        for step in range(3):
+            param.grad = gaussian((*shape, 1), (1, step))[..., 0]
+            optimizer.step()
+        return param.detach()
+
+    compiled, twin = both(train)
+    start = gaussian((*shape, 1), (0,))[..., 0]
+    assert float((compiled - twin).norm()) < 1e-3 * float((compiled - start).norm())
+
+
+def test_the_error_is_decoded_and_added_with_the_bits_of_two_passes() -> None:
+    buffer = ErrorBuffer("codec", "nf4", 2, (48, 64), CPU)
+    buffer.keep(gaussian((2, 48, 64), (1,)))
+    for sign in (1.0, -1.0):
+        mine, twin = both(lambda sign=sign: buffer.compensate(list(gaussian((2, 48, 64), (2,))), torch.empty(2, 48, 64), sign))
+        assert same(mine, twin)
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_update_is_applied_with_the_bits_of_its_passes(by_row: bool, dtype: torch.dtype) -> None:
+    w, h, q = gaussian((70, 90), (1,)), gaussian((70, 90), (2,)), gaussian((70, 90), (3,)).to(dtype)
+    scale, decay = gaussian((70 if by_row else 90,), (4,)), 0.875
+    expected = w * decay + (h * (scale[:, None] if by_row else scale) + q.float())
+    kind, shift = (torch.uint16, 16) if dtype == torch.bfloat16 else (torch.uint32, 0)
+    loops.apply(0, 70, w.numpy(), h.numpy(), scale.numpy(), by_row, q.view(kind).numpy(), shift, np.float32(decay))
+    assert same(w, expected)
+
+
+def test_columns_are_summed() -> None:
+    x = gaussian((2, 300, 1100), (1,))
+    assert torch.allclose(column_norms(x), torch.linalg.vector_norm(x.double(), dim=-2).float(), rtol=1e-5)
+
+
 def test_threads_do_not_change_a_result() -> None:
     x, threads = torch.randn(100_000), torch.get_num_threads()
     found = []
@@ -117,7 +163,11 @@ import os
 import numba.core.caching as caching
 caching.CacheImpl._locator_classes = []
 import torch
-from mango import codecs, native
+from mango import LayerPlan, Mango, codecs, native
+from mango.feedback.buffer import ErrorBuffer
+from mango.native import optim as loops
+from mango.optim.layers import column_norms
+from mango.subspace import gaussian
 codec = codecs.get("nf4")
 assert native.ready(torch.device("cpu"))
 print(codec.decode(codec.encode(torch.ones(100))).sum().item())

@@ -1,12 +1,13 @@
-"""The passes of Mango's step over whole matrices, each in one sweep where torch makes several. Same bits as the torch twins."""
+"""The passes of Mango's step over whole matrices, each in one sweep where torch makes several.
+
+``compensate`` and ``apply`` compute the bits of their torch twins; ``column_squares`` adds in another order.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from mango.native.codecs import TINY, ZERO
 from mango.native.jit import compiled
@@ -15,38 +16,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TILE = 512  # columns whose sums stay in the first cache
 
 
-def widen(q: Array, buffer: Array) -> Array:
-    """q (n,) as float32: itself, or bfloat16 held as uint16, in ``buffer``."""
-    raise NotImplementedError
-
-
-@overload(widen, inline="always")
-def _widen(q: Array, buffer: Array) -> Any:
-    if q.dtype == types.uint16:
-
-        def wide(q: Array, buffer: Array) -> Array:
-            bits = buffer.view(np.uint32)
-            for i in range(q.size):
-                bits[i] = np.uint32(q[i]) << np.uint32(16)
-            return buffer[: q.size]
-
-        return wide
-
-    def same(q: Array, buffer: Array) -> Array:
-        return q
-
-    return same
-
-
 @compiled
 def compensate(first: int, last: int, codes: Array, scales: Array, block: int, levels: Array, g: Array, sign: float, out: Array) -> None:
     """out = decode(codes) + sign * g, blocks ``first`` to ``last``. g, out: (n,) float32, whole blocks; see ``decode_nibbles``."""
     for b in range(first, last):
-        pairs, values, grads = (
-            codes[b * block // 2 : ((b + 1) * block) // 2],
-            out[b * block : (b + 1) * block],
-            g[b * block : (b + 1) * block],
-        )
+        begin, end = b * block, (b + 1) * block
+        pairs, values = codes[begin // 2 : end // 2], out[begin:end]
+        grads = g[begin:end]
         scale = scales[b] if scales[b] > TINY else ZERO
         for k in range(pairs.size):
             values[2 * k] = levels[pairs[k] >> 4] * scale
@@ -56,17 +32,24 @@ def compensate(first: int, last: int, codes: Array, scales: Array, block: int, l
 
 
 @compiled
-def apply(first: int, last: int, w: Array, h: Array, scale: Array, by_row: bool, q: Array, decay: float) -> None:
-    """w = decay w + (scale h + q), rows ``first`` to ``last``. w, h: (rows, cols) float32; scale: (rows,) or (cols,); q as above."""
-    buffer = np.empty(w.shape[1], np.float32)
+def apply(first: int, last: int, w: Array, h: Array, scale: Array, by_row: bool, bits: Array, shift: int, decay: float) -> None:
+    """w = decay w + (scale h + q), rows ``first`` to ``last``.
+
+    w, h: (rows, cols) float32; scale: (rows,) or (cols,) float32; bits: q (rows, cols), float32 as uint32 with shift 0, or bfloat16 as
+    uint16 with shift 16, which are its upper bits.
+    """
+    wide = np.empty(w.shape[1], np.uint32)
+    q = wide.view(np.float32)
     for i in range(first, last):
-        weights, values, taken = w[i], h[i], widen(q[i], buffer)
+        weights, values, row = w[i], h[i], bits[i]
+        for j in range(wide.size):
+            wide[j] = np.uint32(row[j]) << np.uint32(shift)
         if by_row:
             for j in range(weights.size):
-                weights[j] = weights[j] * decay + (values[j] * scale[i] + taken[j])
+                weights[j] = weights[j] * decay + (values[j] * scale[i] + q[j])
         else:
             for j in range(weights.size):
-                weights[j] = weights[j] * decay + (values[j] * scale[j] + taken[j])
+                weights[j] = weights[j] * decay + (values[j] * scale[j] + q[j])
 
 
 @compiled

@@ -64,7 +64,7 @@ class Hyper:
     maximize: bool
     step: int  # 1 for the first
     seeds: Sequence[tuple[int, ...]]  # for each layer, counters that are never used twice: (seed, step, parameter, expert)
-    matmul: str = "auto"  # "float32", "bfloat16", or "auto" (see mango.Mango)
+    matmul: str  # "float32", "bfloat16", or "auto" (see mango.Mango)
 
 
 class Workspace:
@@ -72,19 +72,15 @@ class Workspace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of this shape whose content is left over; it is valid until the purpose is asked for again."""
         values = prod(shape)
-        held = self._held.get(purpose)
-        if held is None or held.numel() < values or held.dtype != dtype:
-            held = self._held[purpose] = torch.empty(values, dtype=dtype, device=self.device)
+        held = self._held.get((purpose, dtype))
+        if held is None or held.numel() < values:
+            held = self._held[purpose, dtype] = torch.empty(values, dtype=dtype, device=self.device)
         return held[:values].view(shape)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(held.nbytes for held in self._held.values())
 
 
 class LayerStack:
@@ -218,10 +214,10 @@ class LayerStack:
         if scale is not None and ready and native.ready(self.device):
             from mango.native import optim
 
-            bits = product.view(torch.uint16) if product.dtype == torch.bfloat16 else product
-            for param, values, by, taken in zip(params, h, scale, bits, strict=True):
+            kind, shift = (torch.uint16, 16) if product.dtype == torch.bfloat16 else (torch.uint32, 0)
+            for param, values, by, bits in zip(params, h, scale, product.view(kind), strict=True):
                 weights = param.detach().view(self.rows, self.cols).numpy()
-                arrays = (weights, values.numpy(), by.numpy(), self.rows > self.cols, taken.numpy(), np.float32(decay))
+                arrays = (weights, values.numpy(), by.numpy(), self.rows > self.cols, bits.numpy(), shift, np.float32(decay))
                 run(optim.apply, self.rows, self.cols, *arrays)
             return
         step = product
@@ -242,10 +238,8 @@ class LayerStack:
         """
         beta1, beta2 = hyper.betas
         dtype = torch.bfloat16 if self._halves(hyper) else torch.float32
-        m, v = (
-            moment.float()
-            for moment in rotate_moments(r.to(dtype), self.first.read().to(dtype), self.second_root.read().square_().to(dtype))
-        )
+        moments = (self.first.read(), self.second_root.read().square_())
+        m, v = (moment.float() for moment in rotate_moments(r.to(dtype), *(moment.to(dtype) for moment in moments)))
         new = (1.0 - r.square().sum(dim=-1, keepdim=True)).clamp_(0.0, 1.0)  # (layers, r, 1)
         # beta1 (m + new (1 - beta1^(t-1)) u) + (1 - beta1) u, and so for v
         m.mul_(beta1).addcmul_(new * (beta1 * (1.0 - beta1 ** (hyper.step - 1))) + (1.0 - beta1), u)
