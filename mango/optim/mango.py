@@ -58,7 +58,8 @@ class Mango(torch.optim.Optimizer):
         matmul: "float32", "bfloat16", or "auto": bfloat16 for matrices of at least 2^18 values where the processor has units for it
             (AVX512-BF16, AMX, CUDA from compute capability 8.0 on). Sums are in float32 and so is what is kept; a step differs by rounding.
         memory_budget: of ``nbytes()``, in bytes or as "24GiB", "0.5 bytes/param": the best plan for each matrix under it is chosen (see
-            mango.policy.Budget) and takes the place of ``plan``, except in groups whose plan is None. Never exceeded.
+            mango.policy.Budget) and takes the place of ``plan``, except in groups whose plan is None. Never exceeded. Parameters that do
+            not require a gradient are left out.
         fuse_backward: step each parameter as soon as its gradient is complete, during ``backward``, and free the gradient: at its peak one
             layer's gradient is held. ``step()`` then ends the round (see mango.optim.fused for accumulation and clipping).
         max_norm: with ``fuse_backward``, clip gradients to this norm, as estimated from the rounds before.
@@ -101,7 +102,11 @@ class Mango(torch.optim.Optimizer):
         self._prepare()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plan": plan}
         defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul}
-        super().__init__(params if memory_budget is None else spend(params, memory_budget, defaults), defaults)
+        if memory_budget is not None:
+            from mango.policy.budget import groups_for  # which counts bytes by this module's parts
+
+            params = groups_for(params, memory_budget, plan, field="memory_budget")
+        super().__init__(params, defaults)
         if fuse_backward:
             self._fused = FusedBackward(self, max_norm)
 
@@ -167,9 +172,8 @@ class Mango(torch.optim.Optimizer):
             assert grad is not None
             if grad.is_sparse or grad.is_complex():
                 raise ConfigError.of(f"{name}.grad", "sparse" if grad.is_sparse else "complex", "a dense real gradient")
-        grads = self._guard.admit(
-            [param.grad for param in params if param.grad is not None], [self._places[param].name for param in params]
-        )
+        gradients = [param.grad.detach() for param in params if param.grad is not None]  # one made with create_graph has a graph of its own
+        grads = self._guard.admit(gradients, [self._places[param].name for param in params])
         if self._fused is None:
             self._diagnostics = {}
         small: dict[tuple[Any, ...], list[_Item]] = {}
@@ -318,31 +322,6 @@ class _Item:
         """Of its matrices."""
         each = matrix_count(self.param.shape)
         return [self.place.name] if each == 1 else [f"{self.place.name}[{part}]" for part in range(each)]
-
-
-def spend(params: Iterable[Any], budget: int | float | str, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups that ``params`` means, cut further so that each matrix has the plan that the budget allows it."""
-    from mango.policy.budget import plans_for
-
-    given = list(params)
-    groups = [dict(group) for group in given] if given and isinstance(given[0], dict) else [{"params": given}]
-    named: list[tuple[str, Tensor]] = []
-    for number, group in enumerate(groups):
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        group["params"] = [
-            member if isinstance(member, tuple) else (f"param_groups[{number}]['params'][{place}]", member)
-            for place, member in enumerate(members)
-        ]
-        named += group["params"]
-    plain = {name for group in groups if group.get("plan", defaults["plan"]) is None for name, _ in group["params"]}
-    plans = plans_for(named, budget, field="memory_budget", plain=plain)
-    cut: list[dict[str, Any]] = []
-    for group in groups:
-        members_of: dict[LayerPlan | None, list[tuple[str, Tensor]]] = {}
-        for name, param in group["params"]:
-            members_of.setdefault(plans.get(name), []).append((name, param))
-        cut += [{**group, "params": members, "plan": plan} for plan, members in members_of.items()]
-    return cut
 
 
 def as_matrices(tensor: Tensor) -> list[Tensor]:

@@ -129,6 +129,42 @@ def plans_for(
     return _choose(matrices, LADDER if candidates is None else candidates, limit, score, spent, (field, budget))
 
 
+def groups_for(
+    params: Iterable[Any],
+    budget: int | float | str,
+    plan: LayerPlan | Mapping[str, Any] | None = LayerPlan(),  # noqa: B008  (frozen)
+    candidates: Sequence[LayerPlan | Mapping[str, Any]] | None = None,
+    score: Score = quality,
+    field: str = "budget",
+) -> list[dict[str, Any]]:
+    """Parameter groups for ``Mango``, one for each plan, so that layers of one shape and plan are stepped together.
+
+    Args:
+        params: as an optimizer takes them: parameters, (name, parameter) pairs, or groups of either, which are cut further. What does not
+            require a gradient is left out: it is not stepped, and would break the budget if it were later.
+        plan: of groups that name none; where it is None, plain AdamW stays.
+        budget, candidates, score, field: as ``plans_for`` takes them.
+
+    Raises: as ``choose``.
+    """
+    given = list(params)
+    groups = [dict(group) for group in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    for number, group in enumerate(groups):
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        names = [f"param_groups[{number}]['params'][{place}]" for place in range(len(members))]
+        named = [member if isinstance(member, tuple) else (name, member) for name, member in zip(names, members, strict=True)]
+        group["params"] = [(name, param) for name, param in named if param.requires_grad]
+    plain = {name for group in groups if group.get("plan", plan) is None for name, _ in group["params"]}
+    plans = plans_for([pair for group in groups for pair in group["params"]], budget, candidates, score, field, plain)
+    cut: list[dict[str, Any]] = []
+    for group in groups:
+        members_of: dict[LayerPlan | None, list[tuple[str, Tensor]]] = {}
+        for name, param in group["params"]:
+            members_of.setdefault(plans.get(name), []).append((name, param))
+        cut += [{**group, "params": members, "plan": chosen} for chosen, members in members_of.items()]
+    return cut
+
+
 @dataclass(frozen=True)
 class Budget:
     """The policy that spends a number of bytes of optimizer state as well as it can.
@@ -157,14 +193,9 @@ class Budget:
         """See ``plans_for``."""
         return plans_for(named_parameters, self.limit, self.candidates, self.score)
 
-    def groups(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-        """Parameter groups for ``Mango``, one for each plan, so that layers of one shape and plan are stepped together."""
-        named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-        plans = self.plans(named)
-        groups: dict[LayerPlan | None, list[tuple[str, Tensor]]] = {}
-        for name, parameter in named:
-            groups.setdefault(plans.get(name), []).append((name, parameter))
-        return [{"params": members, "plan": plan} for plan, members in groups.items()]
+    def groups(self, params: Iterable[Any]) -> list[dict[str, Any]]:
+        """Parameter groups for ``Mango``, see ``groups_for``."""
+        return groups_for(params, self.limit, candidates=self.candidates, score=self.score)
 
 
 def _choose(
