@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Protocol
 
 import torch
@@ -14,6 +14,18 @@ Progress = Callable[[int], None]  # told how many items were decoded so far
 
 class Dataset(Protocol):
     """Data ready to train on. Targets are classes or tokens: the loss is the mean cross-entropy over them."""
+
+    @property
+    def name(self) -> str:
+        """As ``mango.data.load`` takes it."""
+
+    @property
+    def source(self) -> str:
+        """Where it was found: local, download or embedded."""
+
+    @property
+    def title(self) -> str:
+        """What the data truly is, for captions."""
 
     @property
     def unit(self) -> str:
@@ -54,6 +66,13 @@ class Source(Protocol):
 
     def load(self, name: str, used: str, train: int | None, test: int | None, validation: int, progress: Progress | None = None) -> Dataset:
         """See ``mango.data.load``; a source may take further options of its kind of data."""
+
+
+def identity_of(data: Dataset, digests: Iterable[str]) -> dict[str, str | int]:
+    """Name, source and title of a dataset, one fingerprint for the digests of its splits, and the size of each split."""
+    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+    counts = {name: len(split) for name, split in data.splits.items()}
+    return {"name": data.name, "source": data.source, "title": data.title, "fingerprint": joined, **counts}
 
 
 def derive(seed: int, stream: str, counter: int) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mango.compat import require
-from mango.data.base import Progress, derive
+from mango.data.base import Progress, derive, identity_of
 from mango.data.decode import Pixels, Record, cached
 from mango.data.sources import cache_root
 from mango.errors import ConfigError, DataError
@@ -97,9 +97,7 @@ class ImageData:
         return {"accuracy": accuracy}
 
     def identity(self) -> dict[str, str | int]:
-        joined = hashlib.sha256("".join(split.fingerprint() for split in self.splits.values()).encode()).hexdigest()
-        counts = {name: len(split) for name, split in self.splits.items()}
-        return {"name": self.name, "source": self.source, "title": self.title, "fingerprint": joined, **counts}
+        return identity_of(self, (split.fingerprint() for split in self.splits.values()))
 
     def _normalised(self, images: Tensor) -> Tensor:  # (b, height, width, 3) uint8 -> (b, 3, height, width) float32
         return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)

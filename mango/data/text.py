@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mango.data.base import Progress, derive
+from mango.data.base import Progress, derive, identity_of
 from mango.data.sources import cache_root, data_root, locked, verify
 from mango.errors import ConfigError, DataError
 
@@ -47,7 +47,7 @@ class TextData:
         return TextData(self.name, self.title, self.source, splits, self.sequence)
 
     def model_arguments(self) -> dict[str, int]:
-        return {"vocabulary": VOCABULARY, "sequence": self.sequence}
+        return {"vocabulary": VOCABULARY}
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """``size`` windows that start anywhere in the training text, drawn with replacement.
@@ -76,11 +76,7 @@ class TextData:
         return {"bits_per_byte": loss / math.log(2)}
 
     def identity(self) -> dict[str, str | int]:
-        joined = hashlib.sha256()
-        for split in self.splits.values():
-            joined.update(hashlib.sha256(split.cpu().numpy().tobytes()).hexdigest().encode())
-        counts = {name: len(split) for name, split in self.splits.items()}
-        return {"name": self.name, "source": self.source, "title": self.title, "fingerprint": joined.hexdigest(), **counts}
+        return identity_of(self, (hashlib.sha256(split.cpu().numpy().tobytes()).hexdigest() for split in self.splits.values()))
 
 
 class TextSource(ABC):
