@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from mango import models, optim
 from mango.errors import ConfigError
-from mango.models.gpt import GPT, ROTARY_BASE, SOFTCAP, Attention, norm, rotated
+from mango.models.gpt import GPT, ROTARY_BASE, SOFTCAP, Attention, norm, positions, rotated
 
 
 def small(**changes: int) -> GPT:
     torch.manual_seed(0)
-    return models.get("gpt", **{"vocabulary": 50, "sequence": 24, "depth": 2, "width": 32, "heads": 4, "ffn": 3, **changes})
+    return models.get("gpt", **{"vocabulary": 50, "depth": 2, "width": 32, "heads": 4, "ffn": 3, **changes})
 
 
 def awake(**changes: int) -> GPT:
@@ -101,7 +101,7 @@ def test_it_starts_at_the_uniform_loss_with_unit_activations() -> None:
     assert functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).item() == pytest.approx(math.log(50), abs=0.01)
     stream = norm(model.embedding(tokens))
     for block in model.blocks:
-        stream = block(stream, model.cosine, model.sine)
+        stream = block(stream, *positions(24, model.channels, stream))
     assert 1.0 < stream.square().mean() < 3.0, "the blocks add about as much as the embedding, whatever the depth"
 
 
@@ -144,8 +144,3 @@ def test_it_learns_a_rule_that_needs_attention() -> None:
 def test_bad_sizes_are_named(changes: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         small(**changes)
-
-
-def test_an_input_longer_than_the_model_is_named() -> None:
-    with pytest.raises(ConfigError, match="25 is not legal: at most the 24 tokens"):
-        small()(torch.zeros(1, 25, dtype=torch.long))

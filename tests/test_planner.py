@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from mango import LayerPlan, Mango, cli, codecs, optim
 from mango.compat import transformers
 from mango.errors import ConfigError
+from mango.models.gpt import GPT
 from mango.optim.accounting import layer_nbytes, state_nbytes, state_tensors
 from mango.planner import GPUS, Target, gpus, methods, plan, target
 from mango.planner.growth import Growth
-from mango.planner.nanochat import GPT
 from mango.planner.report import DTYPES
 from mango.planner.targets import causal
 from mango.planner.trace import Trace, Watch, trace
@@ -160,14 +160,18 @@ def tiny_llama(heads: int = 4) -> Any:
     )
 
 
+def next_token(model: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+    return F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+
+
 def language_models(kind: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Callable[..., Tensor]]:
     """A real model, the one to trace, and (model, tokens) -> loss."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         if kind == "gpt":
-            real: nn.Module = GPT(3, 999, width=192, head=64)
-            return real, real, lambda model, tokens: model(tokens, tokens)
+            real: nn.Module = GPT(999, depth=3, width=192, heads=3)
+            return real, real, next_token
         config = tiny_llama(2 if kind == "grouped" else 4)
         real = transformers("a test").LlamaForCausalLM(config).train()
         return real, causal("tiny", config).module, lambda model, tokens: model(input_ids=tokens, labels=tokens).loss
@@ -218,9 +222,9 @@ def attend(_: Any, length: int) -> Tensor:
 
 
 def test_a_model_is_neither_run_nor_changed() -> None:
-    model = GPT(1, 99, width=64, head=32)
+    model = GPT(99, depth=1, width=64, heads=2)
     before = {name: (param.data_ptr(), param.dtype) for name, param in model.named_parameters()}
-    trace(model, lambda f: f(*[torch.empty(1, 8, dtype=torch.long, device="meta")] * 2), torch.bfloat16)
+    trace(model, lambda f: next_token(f, torch.empty(1, 8, dtype=torch.long, device="meta")), torch.bfloat16)
     assert {name: (param.data_ptr(), param.dtype) for name, param in model.named_parameters()} == before
     assert all(param.grad is None for param in model.parameters())
 
@@ -269,8 +273,8 @@ def test_growth_that_is_no_polynomial_is_traced_size_by_size() -> None:
 
 
 def tiny_report(**options: Any) -> Any:
-    module = GPT(2, 999, width=128, head=64)
-    return plan(target_of(module, lambda f, tokens: f(tokens, tokens)), **{"seq": 64, "batch": 2, "reserve": 0} | options)
+    module = GPT(999, depth=2, width=128, heads=2)
+    return plan(target_of(module, next_token), **{"seq": 64, "batch": 2, "reserve": 0} | options)
 
 
 def test_longest_is_the_last_length_that_fits() -> None:
@@ -301,9 +305,9 @@ def test_a_fused_step_keeps_the_largest_gradient_alone() -> None:
 
 
 def test_the_budget_fills_the_card_and_a_real_optimizer_has_the_bytes_of_the_row() -> None:
-    module = GPT(2, 999, width=128, head=64)
+    module = GPT(999, depth=2, width=128, heads=2)
     report = plan(
-        target_of(module, lambda f, tokens: f(tokens, tokens)),
+        target_of(module, next_token),
         "rtx3090",
         seq=64,
         batch=2,

@@ -70,7 +70,6 @@ class GPT(nn.Module):
 
     Args:
         vocabulary: number of tokens.
-        sequence: the longest input, in tokens.
         depth: blocks.
         width: channels of the residual stream.
         heads: attention heads; each has width / heads channels, an even number.
@@ -79,23 +78,18 @@ class GPT(nn.Module):
     Raises: ConfigError.
     """
 
-    cosine: Tensor
-    sine: Tensor
-
-    def __init__(self, vocabulary: int, sequence: int, depth: int = 3, width: int = 128, heads: int = 4, ffn: int = 4) -> None:
+    def __init__(self, vocabulary: int, depth: int = 3, width: int = 128, heads: int = 4, ffn: int = 4) -> None:
         super().__init__()
-        for name, value in {"vocabulary": vocabulary, "sequence": sequence, "depth": depth, "heads": heads, "ffn": ffn}.items():
+        for name, value in {"vocabulary": vocabulary, "depth": depth, "heads": heads, "ffn": ffn}.items():
             if value < 1:
                 raise ConfigError.of(f"model.{name}", value, "an integer >= 1")
         if width < 1 or width % (2 * heads):
             raise ConfigError.of("model.width", width, f"a multiple of {2 * heads}, twice model.heads")
+        self.channels = width // heads
         self.embedding = nn.Embedding(vocabulary, width)
         blocks = [Block(width, heads, ffn) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        angles = torch.outer(torch.arange(sequence), ROTARY_BASE ** -torch.linspace(0, 1, width // heads // 2 + 1)[:-1])
-        self.register_buffer("cosine", angles.cos(), persistent=False)  # (sequence, width / heads / 2)
-        self.register_buffer("sine", angles.sin(), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -105,14 +99,18 @@ class GPT(nn.Module):
         nn.init.normal_(self.head.weight, std=1e-3)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (b, t) int64 -> (b, t, vocabulary)
-        length = tokens.shape[1]
-        if length > len(self.cosine):
-            raise ConfigError.of("length of the input", length, f"at most the {len(self.cosine)} tokens that the model was built for")
-        cosine, sine = self.cosine[:length], self.sine[:length]
         x = norm(self.embedding(tokens))
+        cosine, sine = positions(tokens.shape[1], self.channels, x)
         for block in self.blocks:
             x = block(x, cosine, sine)
         return SOFTCAP * torch.tanh(self.head(norm(x)).float() / SOFTCAP)
+
+
+def positions(length: int, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, (length, channels / 2), with dtype and device of ``like``."""
+    frequencies = ROTARY_BASE ** -torch.linspace(0, 1, channels // 2 + 1, device=like.device)[:-1]
+    angles = torch.outer(torch.arange(length, device=like.device), frequencies)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -123,4 +121,4 @@ def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         cosine, sine: (t, channels / 2), of the angles.
     """
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1).to(x.dtype)
+    return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mango.compat import torchvision, transformers
 from mango.errors import ConfigError
+from mango.models.gpt import GPT
 
 # GaLore's configurations (arXiv:2403.03507, configs/llama_*.json): width, FFN width, layers, heads; vocabulary 32000, untied
 LLAMA = {
@@ -26,7 +27,7 @@ LLAMA = {
 }
 VISION = {"resnet50": "resnet50", "vit-b16": "vit_b_16"}
 NAMES = ("nanochat-d<depth>", *(f"llama-{size}" for size in LLAMA), *VISION, "a Hugging Face config.json")
-LANGUAGE_ENDS = ("embed", "wte", "lm_head")  # kept on AdamW by Muon's and GaLore's authors
+LANGUAGE_ENDS = ("embed", "lm_head", r"^head\.")  # kept on AdamW by Muon's and GaLore's authors
 VISION_ENDS = ("fc", "conv1", "heads", "conv_proj")
 
 
@@ -93,15 +94,14 @@ def _on_meta() -> Iterator[None]:
 
 
 def _nanochat(depth: int) -> Target:
-    from mango.planner.nanochat import GPT
-
+    """Karpathy's nanochat by its depth: 64 channels a layer, heads of 128, 65536 tokens, an FFN four times as wide."""
     if depth < 1:
         raise ConfigError.of("depth", depth, "an integer >= 1")
     with _on_meta():
-        module = GPT(depth)
+        module = GPT(65536, depth=depth, width=64 * depth, heads=max(1, depth // 2))
 
     def loss(model: Callable[..., Any], batch: int, size: int, dtype: torch.dtype) -> Tensor:
-        return model(_tokens(batch, size), _tokens(batch, size))
+        return nn.functional.cross_entropy(model(_tokens(batch, size)).flatten(0, 1), _tokens(batch, size).flatten())
 
     return Target(f"nanochat d{depth}", module, loss, size=2048, ends=LANGUAGE_ENDS)
 

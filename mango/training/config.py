@@ -75,7 +75,7 @@ class ResNet18(Strict):
 
 
 class GPT(Strict):
-    """A small GPT of nanochat's shape: see ``mango.models.gpt``. Vocabulary and sequence are the data's."""
+    """A small GPT of nanochat's shape: see ``mango.models.gpt``. The vocabulary is the data's."""
 
     name: Literal["gpt"]
     depth: Positive = 3
