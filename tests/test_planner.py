@@ -407,3 +407,10 @@ def test_the_command_refuses_bad_input_in_one_line(more: list[str], capsys: pyte
     assert cli.main(["plan", "--model", "d1", *more]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and err.startswith("mango: error: ")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 7, 12, 13, 20])
+def test_nanochat_of_every_depth_has_its_width(depth: int) -> None:
+    model = target(f"d{depth}").module
+    assert model.embedding.weight.shape == (65536, 64 * depth) and len(model.blocks) == depth
+    assert 64 * depth % (2 * model.blocks[0].attention.heads) == 0

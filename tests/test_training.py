@@ -514,7 +514,7 @@ def initial(tier_file: Path) -> torch.nn.Module:
     """The model with which the runs of seed 0 on text start."""
     torch.manual_seed(0)
     options = spec(tier_file, "adamw", experiment="text").config.model.model_dump(exclude={"name"})
-    return models.get("gpt", vocabulary=256, sequence=32, **options)
+    return models.get("gpt", vocabulary=256, **options)
 
 
 def test_methods_and_controls_share_the_matrices_under_test(texts: dict[str, Path], tier_file: Path) -> None:
