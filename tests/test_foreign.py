@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mango import Mango
 
-FAST = ("dense", "audio", "experts", "gru", "llama")  # a second or a few each
+FAST = ("dense", "audio", "experts", "gru", "llama")  # seconds each; the cases that are known to fall short are not among them, see MISSED
 GRID = (2e-3, 5e-3, 1e-2)
 
 
@@ -24,6 +24,7 @@ def test_mango_with_its_defaults_reaches_the_loss_of_adamw(name: str) -> None:
 
 
 MISSED = {  # what is known to fall short, with the ratio that was seen; no bound is loosened for it
+    "resnet": "1.22 after 150 steps, both at rate 2e-3 and one seed; the cause is not known yet",
     "bag": "an embedding of rare words: 1.048, and 1.013 with the embedding left to plain AdamW",
 }
 
