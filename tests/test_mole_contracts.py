@@ -6,15 +6,19 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mango import bench
+from mango.bench import mole as mole_bench
 from mango.compat import require, transformers
+from mango.errors import ConfigError
 from mango.mole import MoleConfig, MoleLinear, MoleOptimizer, convert, revert
 from mango.mole.config import STORES
 from mango.mole.factors import take
@@ -353,3 +357,54 @@ def test_the_optimizer_of_factors_trains_a_foreign_gpt() -> None:
     model = ForeignGPT(fused=True)
     convert(model, MoleConfig(gradient="factored", rank=16, targets="all"))
     assert trained(model, optimizer=MoleOptimizer) < 2.4
+
+
+# with the rest of torch
+
+
+def test_data_parallel_training_reduces_formed_gradients(tmp_path: Path) -> None:
+    """One process is enough to see that the hooks of DDP find each gradient."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model, tokens = ForeignGPT(), torch.randint(32, (2, 12))
+        model(tokens).square().mean().backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        convert(model, MoleConfig(store="dense", targets="all"))
+        nn.parallel.DistributedDataParallel(model)(tokens).square().mean().backward()
+        for p, grad in zip(model.parameters(), expected, strict=True):
+            assert p.grad is not None and float((p.grad - grad).norm()) <= 1e-5 * float(grad.norm())
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_compiled_model_has_the_same_gradients() -> None:
+    """Drawing and packing codes stays outside of the graphs, so they break there; what is computed does not change."""
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"mlp": Relu2(), "attn": nn.Linear(64, 64)}), gaussian((8, 64), (1,))
+    convert(model, MoleConfig(store="dense", targets="all"))
+
+    def forward(x: Tensor) -> Tensor:
+        return model["attn"](model["mlp"](x).tanh()).square().mean()
+
+    forward(x).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.compile(forward, backend="eager")(x).backward()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        assert p.grad is not None and float((p.grad - grad).norm()) <= 1e-5 * float(grad.norm())
+
+
+def test_bench_rows() -> None:
+    rows = bench.REGISTRY.load("mole")(width=128, tokens=64, depth=1, repeats=1, warmup=0)
+    assert [row["name"] for row in rows] == list(mole_bench.CANDIDATES)
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["dense"]["ratio"] == by_name["dense"]["saved_ratio"] == 1.0
+    assert by_name["int2"]["saved_mib"] < by_name["int4"]["saved_mib"] < by_name["int8"]["saved_mib"] < by_name["dense"]["saved_mib"]
+    with pytest.raises(ConfigError, match="width = 100 is not legal: a multiple of 128"):
+        mole_bench.run(width=100)
+    with pytest.raises(ConfigError, match="names = 'int3' is not legal: one of dense"):
+        mole_bench.run(names=["int3"])
+    with pytest.raises(ConfigError, match="depth = 0 is not legal: an integer >= 1"):
+        mole_bench.run(depth=0)
