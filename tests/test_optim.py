@@ -14,6 +14,7 @@ from mango import optim
 from mango.bench import optimizers as bench
 from mango.errors import ConfigError
 from mango.optim import Chain, Mango, build, split, state_nbytes
+from mango.optim.muon import polar
 from mango.subspace import gaussian
 
 CUDA = ("galore8bit", "pagedadamw8bit")  # their packages run there alone
@@ -329,6 +330,38 @@ def test_muon_folds_convolutions_like_a_matrix() -> None:
     assert torch.equal(conv[0][1].flatten(1), flat[0][1])
 
 
+def test_muon_in_single_precision_is_torchs_but_for_rounding() -> None:
+    """Twice the same steps: the first in torch's bfloat16, the second beside torch's own iteration made to keep single precision."""
+    from torch.optim import _muon
+
+    ends = {}
+    for precision in ("bf16", "fp32"):
+        named = parameters()
+        start = [param.detach().clone() for _, param in named]
+        train(make("muon", named, precision=precision, weight_decay=0.1), named, 5)
+        ends[precision] = [param.detach() - before for (_, param), before in zip(named, start, strict=True)]
+    for rough, fine in zip(*ends.values(), strict=True):
+        assert (rough - fine).norm() <= 0.02 * fine.norm()
+    for shape in ((24, 60), (60, 24)):
+        matrix = gaussian(shape, (1,))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "bfloat16", Tensor.clone)
+            expected = _muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+        assert torch.allclose(polar(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7), expected, atol=1e-5)
+
+
+def test_muon_gives_parameters_of_the_rest_rates_of_their_own() -> None:
+    named = parameters()
+    optimizer = make("muon", named, rest_lr=0.5, rates={"bias": 0.25, "s": 0.125})
+    rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
+    assert {name: rates[id(param)] for name, param in named if name in ("small", "bias", "scale", "a")} == {
+        "a": 0.05,
+        "bias": 0.25,  # the first pattern that is found
+        "small": 0.125,
+        "scale": 0.125,
+    }
+
+
 def test_the_parameters_may_move_between_steps() -> None:
     named = parameters()
     optimizer = make("muon", named)
@@ -350,6 +383,8 @@ def test_the_parameters_may_move_between_steps() -> None:
         ("adamw", {"lr": -1.0}, r"options of adamw = .* is not legal: Invalid learning rate"),
         ("sgd", {"momentun": 0.9}, r"options of sgd = .* unexpected keyword argument 'momentun'"),
         ("muon", {"ranks": 3}, r"options of muon = .*'ranks'"),
+        ("muon", {"precision": "fp16"}, r"precision = 'fp16' is not legal: bf16 or fp32"),
+        ("muon", {"rates": {"head": 0.1}}, r"rates = 'head' is not legal: a regular expression found in the name of a parameter"),
         ("galore", {"rank": 100}, r"plan.rank = 100 is not legal: at most 64, the smaller dimension of a folded to 64 x 80"),
         ("mango", {"plan": {"rank": 0}}, r"plan.rank = 0 is not legal: an integer >= 1 or a fraction in \(0, 1\]"),
         ("mango", {"plan": {"ranks": 4}}, r"plan = 'ranks' is not legal: one of the fields rank, scouts"),

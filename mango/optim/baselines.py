@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -15,6 +16,7 @@ from mango.errors import ConfigError, MissingExtra
 from mango.optim.adarankgrad import AdaRankGrad
 from mango.optim.chain import Chain, Part
 from mango.optim.mango import Mango
+from mango.optim.muon import Muon
 from mango.optim.plan import LayerPlan
 from mango.optim.split import Named
 
@@ -70,22 +72,43 @@ def muon(
     rest_lr: float = 1e-3,
     weight_decay: float = 0.0,
     rest_betas: tuple[float, float] = (0.9, 0.999),
+    rates: dict[str, float] | None = None,
+    precision: str = "bf16",
     **options: Any,
 ) -> Chain:
-    """torch.optim.Muon for the matrices, convolutions folded; fused AdamW for the rest."""
+    """torch.optim.Muon for the matrices, convolutions folded; fused AdamW for the rest.
+
+    ``rates``: regular expression -> AdamW's rate for those of the rest in whose names it is found first, as nanochat gives embedding and
+    head rates of their own. ``precision``: "bf16", as torch computes the iteration, or "fp32" (``mango.optim.muon``).
+    """
+    if precision not in ("bf16", "fp32"):
+        raise ConfigError.of("precision", precision, "bf16 or fp32")
+    factory = torch.optim.Muon if precision == "bf16" else Muon
     return Chain(
         [
             Part(
-                lambda inner: torch.optim.Muon(inner, lr=lr, weight_decay=weight_decay, **options),
+                lambda inner: factory(inner, lr=lr, weight_decay=weight_decay, **options),
                 [{"params": [param for _, param in matrices]}],
                 fold=True,
             ),
             Part(
                 lambda inner: torch.optim.AdamW(inner, lr=rest_lr, weight_decay=weight_decay, betas=rest_betas, fused=True),
-                [{"params": [param for _, param in rest]}],
+                _by_rate(rest, rest_lr, rates or {}),
             ),
         ]
     )
+
+
+def _by_rate(rest: Named, rest_lr: float, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """One group for each rate. Raises: ConfigError for a pattern that is found in no name."""
+    groups: list[dict[str, Any]] = [{"params": [], "lr": rest_lr}, *({"params": [], "lr": rate} for rate in rates.values())]
+    for name, param in rest:
+        found = (number for number, pattern in enumerate(rates, 1) if re.search(pattern, name))
+        groups[next(found, 0)]["params"].append(param)
+    for pattern, group in zip(rates, groups[1:], strict=True):
+        if not group["params"]:
+            raise ConfigError.of("rates", pattern, "a regular expression found in the name of a parameter that Muon leaves to AdamW")
+    return [group for group in groups if group["params"]]
 
 
 def pagedadamw8bit(
