@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mango import codecs, compressors, errors, feedback, optim
+    from mango import codecs, compressors, errors, feedback, mole, optim
     from mango.optim.groups import MuonMango, param_groups
     from mango.optim.mango import Mango
     from mango.optim.plan import LayerPlan
@@ -33,6 +33,7 @@ __all__ = [
     "compressors",
     "errors",
     "feedback",
+    "mole",
     "optim",
     "orthonormalize",
     "param_groups",

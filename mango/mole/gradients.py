@@ -1,0 +1,57 @@
+"""How the gradient of a weight is made from a layer's inputs A (tokens, inputs) and output gradients B (tokens, outputs): G = Bᵀ A."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mango.registry import Registry
+
+if TYPE_CHECKING:
+    from mango.mole.layer import Layer
+
+REGISTRY = Registry("gradient", {"formed": "mango.mole.gradients:Formed"})
+
+
+class Gradient(ABC):
+    """The gradient of one weight in one backward pass.
+
+    Args:
+        layer: whose weight it is.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    @abstractmethod
+    def add(self, b: Tensor, a: Tensor) -> None:
+        """Tokens are added: output gradients b (tokens, outputs), inputs a (tokens, inputs)."""
+
+    @abstractmethod
+    def finish(self, dtype: torch.dtype) -> Tensor | None:
+        """The gradient for autograd to accumulate in ``weight.grad``, (outputs, inputs) in dtype; None where it is left as factors."""
+
+
+class Formed(Gradient):
+    """The whole matrix. Autograd hands it on before the next layer forms its own, so with a fused step one layer's gradient is alive."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.total: Tensor | None = None
+
+    def add(self, b: Tensor, a: Tensor) -> None:
+        if self.total is None:
+            self.total = b.mT @ a
+            return
+        if self.total.dtype != torch.float32 and self.total.dtype != torch.float64:
+            self.total = self.total.float()  # a sum over many chunks in 16 bits would lose its small terms
+        if b.dtype == self.total.dtype:
+            self.total.addmm_(b.mT, a)
+        else:
+            self.total.add_(b.mT @ a)
+
+    def finish(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.total is None else self.total.to(dtype)

@@ -1,0 +1,85 @@
+"""How the input of a layer is kept for the backward pass: as it is, as codes, or as its product with a basis.
+
+A store turns a matrix into the tensors that autograd saves, so that whoever counts saved tensors sees every byte that is kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mango import codecs
+from mango.packed import Packed
+
+
+class Form(NamedTuple):
+    """What is needed beside the saved tensors to read them back."""
+
+    kind: str  # the codec, or "dense"
+    shape: torch.Size
+    dtype: torch.dtype
+    parts: tuple[str, ...] = ()
+    block: int = 0
+
+
+class Saved(NamedTuple):
+    """A matrix as it is kept."""
+
+    tensors: tuple[Tensor, ...]
+    form: Form
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def save(x: Tensor, store: str, block: int, name: str) -> Saved:
+    """Keep x (tokens, features) in a store that is not a sketch. Raises: NonFinite, naming the layer, for codes of NaN or infinity."""
+    x = x.detach()
+    if store == "dense":
+        return Saved((x,), Form("dense", x.shape, x.dtype))
+    packed = codec(store, block).encode(x, name=f"the input of {name}")
+    return Saved(tuple(packed.tensors()), Form(packed.kind, packed.shape, packed.dtype, tuple(packed.parts), block))
+
+
+def load(saved: Saved) -> Tensor:
+    """The matrix as the store has it, in the dtype that it had."""
+    tensors, form = saved
+    if form.kind == "dense":
+        return tensors[0]
+    packed = Packed(form.kind, form.shape, form.dtype, dict(zip(form.parts, tensors, strict=True)), {"block": form.block})
+    return codec(form.kind, form.block).decode(packed)
+
+
+def codec(store: str, block: int) -> codecs.Codec:
+    return codecs.get(store) if store == "bf16" else codecs.get(store, block=block)
+
+
+class Shared:
+    """Remembers the codes of the last input, so that layers that read the same tensor (queries, keys, values) encode it once.
+
+    The input is known by identity and version: one that was changed in place since is encoded again. Neither the input nor its codes are
+    kept alive by being remembered.
+    """
+
+    def __init__(self) -> None:
+        self._input: weakref.ref[Tensor] | None = None
+        self._key: tuple[object, ...] = ()
+        self._saved: list[Saved] = []
+
+    def get(self, x: Tensor, key: tuple[object, ...]) -> list[Saved] | None:
+        held = self._input() if self._input is not None else None
+        return self._saved if held is x and self._key == (x._version, *key) else None
+
+    def put(self, x: Tensor, key: tuple[object, ...], saved: list[Saved]) -> None:
+        self._input, self._key, self._saved = weakref.ref(x, self._forget), (x._version, *key), saved
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        if dead is self._input:
+            self._input, self._saved = None, []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Shared:
+        return Shared()
