@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from mango.errors import ConfigError
 
@@ -112,6 +113,9 @@ class GPT(nn.Module):
         kv_heads: heads of keys and values, a divisor of the heads; None = as many as heads.
         ffn: hidden channels of the feed-forward part, as a multiple of the width.
 
+    Attributes:
+        recompute: keep the input of each block alone for the backward pass, and compute the block again (arXiv:1604.06174).
+
     Raises: ConfigError.
     """
 
@@ -133,6 +137,7 @@ class GPT(nn.Module):
         if kv_heads < 1 or heads % kv_heads:
             raise ConfigError.of("model.kv_heads", kv_heads, f"a divisor of model.heads = {heads}")
         self.channels = width // heads
+        self.recompute = False
         self.embedding = nn.Embedding(vocabulary, width)
         blocks = [Block(width, heads, kv_heads, ffn) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
@@ -150,7 +155,11 @@ class GPT(nn.Module):
         x = norm(self.embedding(tokens))
         cosine, sine = positions(tokens.shape[1], self.channels, x, start=past[0].length if past else 0)
         for number, block in enumerate(self.blocks):
-            x = block(x, cosine, sine, past[number] if past else None)
+            if self.recompute and torch.is_grad_enabled():
+                # re-entrant: what it keeps is saved by autograd, where the memory ledger counts it
+                x = checkpoint(block, x, cosine, sine, use_reentrant=True)
+            else:
+                x = block(x, cosine, sine, past[number] if past else None)
         return SOFTCAP * torch.tanh(self.head(norm(x)).float() / SOFTCAP)
 
 

@@ -17,11 +17,15 @@ from torch.nn import functional
 
 from mango import data as datasets
 from mango import models, optim
+from mango.data.base import Readable
 from mango.errors import ConfigError, NonFinite
+from mango.models.gpt import GPT
+from mango.models.sampling import generate
 from mango.telemetry import MemoryLedger, PowerSampler, RunLog, wandb
 from mango.telemetry.memory import rss_peak
-from mango.training import checkpoint, record, schedule, summary
+from mango.training import atomic, checkpoint, record, schedule, summary
 from mango.training.config import RunSpec
+from mango.training.mole import MoleRun
 from mango.training.record import RunRecord
 from mango.training.session import CHECKPOINT, METRICS, MODEL, RECORD, Interrupted, Stop, choose_device, deterministic, open_folder, threads
 from mango.training.summary import Counters, plan_of
@@ -89,10 +93,14 @@ class _Trainer:
         self.model: nn.Module = models.get(self.config.model.name, **self.data.model_arguments(), **options).to(self.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        under_test, _ = optim.split(self.model, self.config.exclude)
+        matrices, _ = optim.split(self.model, self.config.exclude)
+        under_test = optim.matching(matrices, self.config.under_test) if self.config.under_test else matrices
         self.under_test = sum(parameter.numel() for _, parameter in under_test)
         for _, parameter in under_test if self.config.freeze else ():
             parameter.requires_grad_(False)
+        self.mole = MoleRun(self.model, self.config.mole) if self.config.mole is not None else None
+        if isinstance(self.model, GPT):
+            self.model.recompute = self.config.recompute
         self.optimizer = optim.build(self.config.optimizer, self.model, exclude=self.config.exclude, **self.config.options)
         self.observable = self.optimizer if isinstance(self.optimizer, Observable) else None
         for group in self.optimizer.param_groups:
@@ -141,16 +149,16 @@ class _Trainer:
         """One optimizer step; counts it only when it is whole."""
         settings, counters = self.config.train, self.counters
         begin = time.perf_counter()
-        lr_factor = schedule.factor(counters.step, settings.steps, settings.schedule, settings.warmup, settings.floor)
+        lr_factor = schedule.factor(counters.step, settings.steps, settings.schedule, settings.warmup, settings.floor, settings.warmdown)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         inputs, targets = self.data.batch(counters.step, settings.batch, self.spec.seed)
         self.model.train()
         first = counters.step == 0
-        with self.ledger.activations() if first else nullcontext():
-            loss, logits = self._loss(inputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with self.ledger.activations() if first else nullcontext():  # the backward pass too: blocks that are computed again save again
+            loss, logits = self._loss(inputs, targets)
+            loss.backward()
         if first:
             counters.gradients, counters.saved_activations = self.ledger.gradients(), self.ledger.saved_activations
         if settings.clip is not None:
@@ -204,7 +212,7 @@ class _Trainer:
     def _log_training(self) -> None:
         counters = self.counters
         counters.train_loss = math.fsum(counters.losses) / len(counters.losses)
-        self._write("train", counters.train_loss, self.data.scores(counters.train_loss, counters.correct / counters.seen))
+        self._write("train", counters.train_loss, self.data.scores("train", counters.train_loss, counters.correct / counters.seen))
         counters.losses, counters.correct, counters.seen = [], 0, 0
 
     @torch.no_grad()
@@ -220,7 +228,7 @@ class _Trainer:
         loss_value = total / seen
         if not math.isfinite(loss_value):
             raise self._non_finite(f"the {split} loss is {loss_value}", self.counters.step)
-        found = self.data.scores(loss_value, correct / seen)
+        found = self.data.scores(split, loss_value, correct / seen)
         self._write(split, loss_value, found)
         scores: dict[str, float | None] = {
             "step": self.counters.step,
@@ -298,6 +306,15 @@ class _Trainer:
         self.counters.resumed.append(self.counters.step)
         return content["metrics"]
 
+    def _sample(self) -> str | None:
+        """What the trained model writes of its own, from the start of a line."""
+        count = self.config.train.sample
+        if not count or not isinstance(self.model, GPT) or not isinstance(self.data, Readable):
+            return None
+        self.model.eval()
+        start = self.data.encode("\n").to(self.device)[None]
+        return self.data.decode(generate(self.model, start, count, temperature=0.8, seed=self.spec.seed)[0, 1:].cpu())
+
     def _finish(self) -> RunRecord:
         """Write the final weights, then the record (its presence means: complete), then drop the checkpoint."""
         counters = self.counters
@@ -310,7 +327,11 @@ class _Trainer:
             memory={"parameters": self.ledger.parameters(), "optimizer_state": optim.state_nbytes(self.optimizer)},
             parameters={"total": sum(p.numel() for p in self.model.parameters()), "compressed": self.under_test},
             power=self.power,
+            mole=None if self.mole is None else self.mole.record(),
+            sample=self._sample(),
         )
+        for name, content in self.data.files().items():
+            atomic.write(self.out / name, lambda file, text=content: file.write(text.encode()))  # type: ignore[misc]
         checkpoint.save(self.out / MODEL, {"run": self._identity(), "step": counters.step, "model": self.model.state_dict()})
         record.save(self.out / RECORD, result)
         (self.out / CHECKPOINT).unlink(missing_ok=True)

@@ -111,6 +111,13 @@ class Contraction(Strict):
     drift: float | None = None
 
 
+class Mole(Strict):
+    """What ``mango.mole.convert`` did."""
+
+    converted: dict[str, str] = Field(description="module -> what it became")
+    skipped: dict[str, str] = Field(description="module that was left alone -> why")
+
+
 class RunRecord(Strict):
     """One completed run."""
 
@@ -138,6 +145,8 @@ class RunRecord(Strict):
     energy: Energy
     plan: list[PlanStep] = Field(description="what is kept per layer, at each step where it changed; empty for methods without a plan")
     contraction: list[Contraction] = Field(description="at the evaluation steps; empty for methods that certify nothing")
+    mole: Mole | None = Field(None, description="null when no layer was converted")
+    sample: str | None = Field(None, description="what the trained language model wrote; bytes that are no character are U+FFFD")
     status: Literal["completed"]
 
 
