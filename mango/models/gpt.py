@@ -27,10 +27,11 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
+        self.norm = nn.RMSNorm(width // heads, elementwise_affine=False)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:  # (b, t, width) -> (b, t, width)
         query, key, value = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        query, key = norm(rotated(query, cosine, sine)), norm(rotated(key, cosine, sine))  # (b, heads, t, width / heads)
+        query, key = self.norm(rotated(query, cosine, sine)), self.norm(rotated(key, cosine, sine))  # (b, heads, t, width / heads)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -54,10 +55,11 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(width, heads)
         self.feedforward = Feedforward(width, ffn)
+        self.norm = nn.RMSNorm(width, elementwise_affine=False)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:  # (b, t, width) -> (b, t, width)
-        x = x + self.attention(norm(x), cosine, sine)
-        return x + self.feedforward(norm(x))
+        x = x + self.attention(self.norm(x), cosine, sine)
+        return x + self.feedforward(self.norm(x))
 
 
 class GPT(nn.Module):
