@@ -10,10 +10,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mango.mole.activations import hidden
-from mango.mole.layer import Layer, chunks
+from mango.mole.layer import Layer, chunks, unflatten
 from mango.mole.linear import adopt, compute_dtype
 from mango.mole.recognise import Pattern
-from mango.mole.stores import Form, Saved, load, save
+from mango.mole.stores import load, save
 
 
 class MoleMLP(nn.Module):
@@ -36,13 +36,24 @@ class MoleMLP(nn.Module):
         self.pattern, self.mole = pattern, layers
 
     def forward(self, x: Tensor) -> Tensor:  # (…, inputs) -> (…, outputs)
-        linears = [self.get_submodule(name) for name in (*self.pattern.inputs, self.pattern.output)]
-        if not (torch.is_grad_enabled() and all(isinstance(one.weight, Tensor) and one.weight.requires_grad for one in linears)):
+        weights = self.matrices()
+        if not (torch.is_grad_enabled() and all(weight.requires_grad for weight in weights)):
             return self.__dict__["original"](x)
-        y: Tensor = _MLP.apply(
-            x, self, compute_dtype(x), *(one.weight for one in linears), *(one._parameters.get("bias") for one in linears)
-        )
+        biases = (self._linear(name)._parameters["bias"] for name in self._names())
+        y: Tensor = _MLP.apply(x, self, compute_dtype(x), *weights, *biases)
         return y
+
+    def matrices(self) -> list[Tensor]:
+        """The weights, in the pattern's order."""
+        return [self._linear(name).weight for name in self._names()]
+
+    def _names(self) -> tuple[str, ...]:
+        return (*self.pattern.inputs, self.pattern.output)
+
+    def _linear(self, name: str) -> nn.Linear:
+        linear = self._modules[name]
+        assert isinstance(linear, nn.Linear)
+        return linear
 
     def extra_repr(self) -> str:
         config = self.mole[0].config
@@ -79,9 +90,9 @@ class _MLP(torch.autograd.Function):
         mlp: MoleMLP = ctx.mlp
         layers, config, dtype = mlp.mole, mlp.mole[0].config, ctx.dtype
         count, down = len(layers), len(layers) - 1
-        params, saved = ctx.saved_tensors[: 2 * count], _unflatten(ctx.saved_tensors[2 * count :], ctx.forms)
+        params, saved = ctx.saved_tensors[: 2 * count], unflatten(ctx.saved_tensors[2 * count :], ctx.forms)
         weights, biases = _cast(params, dtype)
-        gradients = [layer.gradient() for layer in layers]
+        gradients = [layer.gradient(saved[0]) for layer in layers]
         sums: list[Tensor | None] = [None] * count  # of the biases
         shape, given = ctx.input
         dx = dy.new_empty(dy.numel() // dy.shape[-1], shape[-1]) if ctx.needs_input_grad[0] else None
@@ -106,7 +117,7 @@ class _MLP(torch.autograd.Function):
             None if dx is None else dx.view(shape).to(given),
             None,
             None,
-            *(gradient.finish(params[place].dtype) for place, gradient in enumerate(gradients)),
+            *(gradient.finish(weight) for gradient, weight in zip(gradients, mlp.matrices(), strict=True)),
             *sums,
         )
 
@@ -133,13 +144,3 @@ def _sum(sums: list[Tensor | None], place: int, b: Tensor, params: tuple[Tensor 
         total = b.sum(0).to(bias.dtype)
         previous = sums[place]
         sums[place] = total if previous is None else previous + total
-
-
-def _unflatten(tensors: tuple[Tensor, ...], forms: list[Form]) -> list[Saved]:
-    """Saved tensors in a row as the matrices that they are of."""
-    found, place = [], 0
-    for form in forms:
-        count = max(1, len(form.parts))
-        found.append(Saved(tuple(tensors[place : place + count]), form))
-        place += count
-    return found

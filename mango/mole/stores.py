@@ -18,7 +18,7 @@ from mango.packed import Packed
 class Form(NamedTuple):
     """What is needed beside the saved tensors to read them back."""
 
-    kind: str  # the codec, or "dense"
+    kind: str  # the codec, "dense" or "sketch"
     shape: torch.Size
     dtype: torch.dtype
     parts: tuple[str, ...] = ()
@@ -46,9 +46,9 @@ def save(x: Tensor, store: str, block: int, name: str) -> Saved:
 
 
 def load(saved: Saved) -> Tensor:
-    """The matrix as the store has it, in the dtype that it had."""
+    """The matrix as the store has it, in the dtype that it had; of a sketch, the product with its basis."""
     tensors, form = saved
-    if form.kind == "dense":
+    if form.kind in ("dense", "sketch"):
         return tensors[0]
     packed = Packed(form.kind, form.shape, form.dtype, dict(zip(form.parts, tensors, strict=True)), {"block": form.block})
     return codec(form.kind, form.block).decode(packed)
