@@ -58,10 +58,11 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, kv_heads * self.channels, bias=False)
         self.value = nn.Linear(width, kv_heads * self.channels, bias=False)
         self.out = nn.Linear(width, width, bias=False)
+        self.norm = nn.RMSNorm(width // heads, elementwise_affine=False)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, past: Past | None = None) -> Tensor:  # (b, t, width) -> (b, t, width)
         query, key, value = (layer(x).unflatten(-1, (-1, self.channels)).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        query, key = norm(rotated(query, cosine, sine)), norm(rotated(key, cosine, sine))  # (b, heads or kv_heads, t, channels)
+        query, key = self.norm(rotated(query, cosine, sine)), self.norm(rotated(key, cosine, sine))  # (b, heads or kv_heads, t, channels)
         mask = None
         if past is not None:
             seen = past.length
@@ -90,10 +91,11 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(width, heads, kv_heads)
         self.feedforward = Feedforward(width, ffn)
+        self.norm = nn.RMSNorm(width, elementwise_affine=False)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, past: Past | None = None) -> Tensor:  # (b, t, width) -> (b, t, width)
-        x = x + self.attention(norm(x), cosine, sine, past)
-        return x + self.feedforward(norm(x))
+        x = x + self.attention(self.norm(x), cosine, sine, past)
+        return x + self.feedforward(self.norm(x))
 
 
 class GPT(nn.Module):

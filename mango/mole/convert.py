@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mango.errors import ConfigError
+from mango.mole import norm, recognise
 from mango.mole.config import TARGETS, MoleConfig
 from mango.mole.layer import Layer
 from mango.mole.linear import MoleLinear
+from mango.mole.mlp import MoleMLP
 from mango.mole.stores import Shared
 
 FFN = re.compile(r"(^|[._])(mlp|ffn|ff|feedforward|feed_forward|experts?)([._]|$|\d)", re.IGNORECASE)
@@ -53,22 +55,45 @@ def convert(model: nn.Module, config: MoleConfig) -> Report:
         raise ConfigError.of("model", type(model).__name__, "a model without converted layers: revert(model) first")
     report, shared = Report(), Shared()
     tied = _tied(model)
-    for name, module in list(model.named_modules()):
+    candidates: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
         if not _linear_like(module) or not _targeted(name, module, config):
             continue
         why = _refused(name, module, config, tied)
         if why is not None:
             report.skipped[name] = why
-            continue
-        assert isinstance(module, nn.Linear)
-        layer = Layer(name, config, (module.out_features, module.in_features), len(report.layers), shared)
-        report.layers.append(layer)
-        _replace(model, module, MoleLinear(module, layer, casts=type(module).forward is not nn.Linear.forward))
-        report.converted[name] = f"linear, store {config.store}, gradient {config.gradient}"
+        elif isinstance(module, nn.Linear):
+            candidates[name] = module
+    for name, module in list(model.named_modules()) if config.store != "sketch" else ():
+        children = {f"{name}.{child}" for child, linear in module.named_children() if isinstance(linear, nn.Linear)}
+        pattern = recognise.mlp(module) if module is not model and children and children <= candidates.keys() else None
+        if pattern is not None:
+            names = [f"{name}.{child}" for child in (*pattern.inputs, pattern.output)]
+            layers = [_layer(each, candidates.pop(each), config, report, shared) for each in names]
+            _replace(model, module, MoleMLP(module, pattern, layers))
+            report.converted[name] = f"MLP with {pattern.activation}, {_dials(config)}, hidden {config.hidden}"
+    for name, linear in candidates.items():
+        layer = _layer(name, linear, config, report, shared)
+        _replace(model, linear, MoleLinear(linear, layer, casts=type(linear).forward is not nn.Linear.forward))
+        report.converted[name] = f"linear, {_dials(config)}"
+    for name, module in list(model.named_modules()) if config.norms else ():
+        parent = name.rpartition(".")[0]
+        if norm.convertible(module) and any(other == parent or other.rpartition(".")[0] == parent for other in report.converted):
+            _replace(model, module, norm.MoleNorm(module))
+            report.converted[name] = "norm that keeps its output"
     if not report.converted:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(report.skipped.items())[:4])
         raise ConfigError.of("mole.targets", config.targets, f"something that names convertible layers ({reasons or 'it names none'})")
     return report
+
+
+def _layer(name: str, linear: nn.Linear, config: MoleConfig, report: Report, shared: Shared) -> Layer:
+    report.layers.append(Layer(name, config, (linear.out_features, linear.in_features), len(report.layers), shared))
+    return report.layers[-1]
+
+
+def _dials(config: MoleConfig) -> str:
+    return f"store {config.store}, gradient {config.gradient}"
 
 
 def revert(model: nn.Module) -> None:

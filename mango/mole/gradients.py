@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mango.mole.factors import leave
 from mango.registry import Registry
 
 if TYPE_CHECKING:
     from mango.mole.layer import Layer
 
-REGISTRY = Registry("gradient", {"formed": "mango.mole.gradients:Formed"})
+REGISTRY = Registry("gradient", {"formed": "mango.mole.gradients:Formed", "factored": "mango.mole.gradients:Factored"})
 
 
 class Gradient(ABC):
@@ -31,8 +32,8 @@ class Gradient(ABC):
         """Tokens are added: output gradients b (tokens, outputs), inputs a (tokens, inputs)."""
 
     @abstractmethod
-    def finish(self, dtype: torch.dtype) -> Tensor | None:
-        """The gradient for autograd to accumulate in ``weight.grad``, (outputs, inputs) in dtype; None where it is left as factors."""
+    def finish(self, parameter: Tensor) -> Tensor | None:
+        """The gradient for autograd to accumulate in ``parameter.grad``; None where it is left as ``parameter.factors``."""
 
 
 class Formed(Gradient):
@@ -53,5 +54,28 @@ class Formed(Gradient):
         else:
             self.total.add_(b.mT @ a)
 
-    def finish(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.total is None else self.total.to(dtype)
+    def finish(self, parameter: Tensor) -> Tensor | None:
+        return None if self.total is None else self.total.to(parameter.dtype)
+
+
+class Factored(Gradient):
+    """Top-k factors by power steps. A and B of the whole layer are held until they are taken; no product is larger than (k, inputs)."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, b: Tensor, a: Tensor) -> None:
+        tracked = self.layer.tracked
+        assert tracked is not None
+        self.pairs.append((a, b) if tracked.columns else (b, a))
+
+    def finish(self, parameter: Tensor) -> Tensor | None:
+        tracked = self.layer.tracked
+        if not self.pairs or tracked is None:
+            return None
+        factors, _, _ = tracked.step(self.pairs)
+        if self.layer.config.fill_grad:
+            return factors.product().to(parameter.dtype)
+        leave(parameter, factors)
+        return None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from mango.mole.layer import Layer, chunks
-from mango.mole.stores import Saved
+from mango.mole.layer import Layer, chunks, unflatten
+from mango.mole.stores import Saved, load
 
 
 class MoleLinear(nn.Linear):
@@ -36,7 +36,7 @@ class MoleLinear(nn.Linear):
         if dtype != self.weight.dtype and dtype == x.dtype and not self.casts:
             return functional.linear(x, self.weight, self.bias)  # which says what is wrong
         saved = self.mole.save(x, dtype)
-        y: Tensor = _Linear.apply(x, self.weight, self.bias, self.mole, dtype, saved)
+        y: Tensor = _Linear.apply(x, self.weight, self.bias, self, dtype, saved)
         return y
 
     def extra_repr(self) -> str:
@@ -46,9 +46,11 @@ class MoleLinear(nn.Linear):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, dtype: torch.dtype, saved: list[Saved]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: MoleLinear, dtype: torch.dtype, saved: list[Saved]
+    ) -> Tensor:
         ctx.save_for_backward(weight, *(tensor for part in saved for tensor in part.tensors))
-        ctx.layer, ctx.dtype, ctx.forms, ctx.input = layer, dtype, [part.form for part in saved], x.dtype
+        ctx.module, ctx.dtype, ctx.forms, ctx.input = module, dtype, [part.form for part in saved], x.dtype
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -56,15 +58,13 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
-        layer: Layer = ctx.layer
+        layer, saved = ctx.module.mole, unflatten(tensors, ctx.forms)
         dx = (dy @ weight.to(ctx.dtype)).to(ctx.input) if ctx.needs_input_grad[0] else None
-        gradient, place = layer.gradient(), 0
-        for form, b in zip(ctx.forms, chunks(dy, layer.config.chunk), strict=True):
-            count = max(1, len(form.parts))
-            gradient.add(b, layer.load(Saved(tuple(tensors[place : place + count]), form)))
-            place += count
+        gradient = layer.gradient(saved[0])
+        for one, b in zip(saved, chunks(dy, layer.config.chunk), strict=True):
+            gradient.add(b, load(one))
         db = dy.reshape(-1, dy.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return dx, gradient.finish(weight.dtype), db, None, None, None
+        return dx, gradient.finish(ctx.module.weight), db, None, None, None
 
 
 def adopt(module: nn.Module, original: nn.Module) -> None:

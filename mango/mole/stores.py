@@ -18,7 +18,7 @@ from mango.packed import Packed
 class Form(NamedTuple):
     """What is needed beside the saved tensors to read them back."""
 
-    kind: str  # the codec, or "dense"
+    kind: str  # the codec, "dense" or "sketch"
     shape: torch.Size
     dtype: torch.dtype
     parts: tuple[str, ...] = ()
@@ -46,9 +46,9 @@ def save(x: Tensor, store: str, block: int, name: str) -> Saved:
 
 
 def load(saved: Saved) -> Tensor:
-    """The matrix as the store has it, in the dtype that it had."""
+    """The matrix as the store has it, in the dtype that it had; of a sketch, the product with its basis."""
     tensors, form = saved
-    if form.kind == "dense":
+    if form.kind in ("dense", "sketch"):
         return tensors[0]
     packed = Packed(form.kind, form.shape, form.dtype, dict(zip(form.parts, tensors, strict=True)), {"block": form.block})
     return codec(form.kind, form.block).decode(packed)
@@ -61,25 +61,29 @@ def codec(store: str, block: int) -> codecs.Codec:
 class Shared:
     """Remembers the codes of the last input, so that layers that read the same tensor (queries, keys, values) encode it once.
 
-    The input is known by identity and version: one that was changed in place since is encoded again. Neither the input nor its codes are
-    kept alive by being remembered.
+    The input is known by identity and version: one that was changed in place since is encoded again. Nothing is kept alive by being
+    remembered: once a backward pass has freed the codes, the same input gets new ones, whose rounding is independent.
     """
 
     def __init__(self) -> None:
         self._input: weakref.ref[Tensor] | None = None
         self._key: tuple[object, ...] = ()
-        self._saved: list[Saved] = []
+        self._saved: list[tuple[tuple[weakref.ref[Tensor], ...], Form]] = []
 
     def get(self, x: Tensor, key: tuple[object, ...]) -> list[Saved] | None:
-        held = self._input() if self._input is not None else None
-        return self._saved if held is x and self._key == (x._version, *key) else None
+        if self._input is None or self._input() is not x or self._key != (x._version, *key):
+            return None
+        found = []
+        for refs, form in self._saved:
+            tensors = tuple(tensor for ref in refs if (tensor := ref()) is not None)
+            if len(tensors) < len(refs):
+                return None
+            found.append(Saved(tensors, form))
+        return found
 
     def put(self, x: Tensor, key: tuple[object, ...], saved: list[Saved]) -> None:
-        self._input, self._key, self._saved = weakref.ref(x, self._forget), (x._version, *key), saved
+        self._input, self._key = weakref.ref(x), (x._version, *key)
+        self._saved = [(tuple(weakref.ref(tensor) for tensor in one.tensors), one.form) for one in saved]
 
-    def _forget(self, dead: weakref.ref[Tensor]) -> None:
-        if dead is self._input:
-            self._input, self._saved = None, []
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Shared:
-        return Shared()
+    def __reduce__(self) -> tuple[type[Shared], tuple[()]]:
+        return Shared, ()  # a copy remembers nothing
