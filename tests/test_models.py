@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from mango import models, optim
 from mango.errors import ConfigError
-from mango.models.gpt import GPT, ROTARY_BASE, SOFTCAP, Attention, Past, norm, positions, rotated
+from mango.models.gpt import GPT, ROTARY_BASE, SOFTCAP, Attention, norm, positions, rotated
 from mango.models.sampling import generate
 
 
@@ -111,7 +111,7 @@ def test_a_pass_with_kept_keys_is_the_pass_without(kv_heads: int) -> None:
     tokens = torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(0))
     whole = model(tokens)
     for pieces in ([24], [1] * 24, [7, 1, 9, 1, 6]):
-        past = [Past(24) for _ in model.blocks]
+        past = model.past(24)
         found = torch.cat([model(part, past) for part in tokens.split(pieces, dim=1)], dim=1)
         assert torch.allclose(found, whole, atol=1e-5)
     with pytest.raises(ConfigError, match="capacity = 24 is not legal: at least the 25 tokens"):

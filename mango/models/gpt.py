@@ -164,6 +164,16 @@ class GPT(nn.Module):
                 x = block(x, cosine, sine, past[number] if past else None)
         return SOFTCAP * torch.tanh(self.head(norm(x)).float() / SOFTCAP)
 
+    def past(self, capacity: int) -> list[Past]:
+        """Room for the keys and values of ``capacity`` tokens in every block."""
+        return [Past(capacity) for _ in self.blocks]
+
+    def write(self, prompt: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> Tensor:
+        """The prompt and ``count`` tokens more: see ``mango.models.sampling.generate``."""
+        from mango.models.sampling import generate
+
+        return generate(self, prompt, count, temperature, top_k, seed)
+
 
 def positions(length: int, channels: int, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles from place ``start`` on, (length, channels / 2), with dtype and device of ``like``."""

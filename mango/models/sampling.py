@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from mango.errors import ConfigError
-from mango.models.gpt import GPT, Past
+
+if TYPE_CHECKING:
+    from mango.models.gpt import GPT
 
 
 @torch.no_grad()
@@ -35,7 +39,7 @@ def generate(
         raise ConfigError.of("temperature", temperature, "a number >= 0")
     if top_k is not None and top_k < 1:
         raise ConfigError.of("top_k", top_k, "an integer >= 1, or None")
-    past = [Past(prompt.shape[1] + count) for _ in model.blocks]
+    past = model.past(prompt.shape[1] + count)
     generator = torch.Generator(prompt.device).manual_seed(seed)
     tokens, new = prompt, prompt
     for _ in range(count):

@@ -19,17 +19,16 @@ from mango import data as datasets
 from mango import models, optim
 from mango.data.base import Readable
 from mango.errors import ConfigError, NonFinite
-from mango.models.gpt import GPT
-from mango.models.sampling import generate
+from mango.registry import Registry
 from mango.telemetry import MemoryLedger, PowerSampler, RunLog, wandb
 from mango.telemetry.memory import rss_peak
 from mango.training import atomic, checkpoint, record, schedule, summary
 from mango.training.config import RunSpec
-from mango.training.mole import MoleRun
 from mango.training.record import RunRecord
 from mango.training.session import CHECKPOINT, METRICS, MODEL, RECORD, Interrupted, Stop, choose_device, deterministic, open_folder, threads
 from mango.training.summary import Counters, plan_of
 
+CONVERSIONS = Registry("conversion", {"mole": "mango.training.mole:MoleRun"})  # by name: runs without it do not depend on its code
 Progress = Callable[[str, int, int], None]  # what is done ("images decoded", "steps"), how many so far, of how many (0 = unknown)
 
 
@@ -40,6 +39,17 @@ class Observable(Protocol):
     def observe(self, on: bool = True) -> None: ...
 
     def diagnostics(self) -> dict[str, dict[str, float]]: ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A language model, such as ``mango.models.gpt.GPT``."""
+
+    recompute: bool
+
+    def write(self, prompt: Tensor, count: int, temperature: float, *, seed: int) -> Tensor: ...
+
+    def eval(self) -> object: ...
 
 
 def train(run: RunSpec, out: str | Path, *, resume: bool = False, force: bool = False, progress: Progress | None = None) -> RunRecord:
@@ -98,8 +108,8 @@ class _Trainer:
         self.under_test = sum(parameter.numel() for _, parameter in under_test)
         for _, parameter in under_test if self.config.freeze else ():
             parameter.requires_grad_(False)
-        self.mole = MoleRun(self.model, self.config.mole) if self.config.mole is not None else None
-        if isinstance(self.model, GPT):
+        self.mole = CONVERSIONS.get("mole", model=self.model, fields=self.config.mole) if self.config.mole is not None else None
+        if isinstance(self.model, Writer):
             self.model.recompute = self.config.recompute
         self.optimizer = optim.build(self.config.optimizer, self.model, exclude=self.config.exclude, **self.config.options)
         self.observable = self.optimizer if isinstance(self.optimizer, Observable) else None
@@ -309,11 +319,11 @@ class _Trainer:
     def _sample(self) -> str | None:
         """What the trained model writes of its own, from the start of a line."""
         count = self.config.train.sample
-        if not count or not isinstance(self.model, GPT) or not isinstance(self.data, Readable):
+        if not count or not isinstance(self.model, Writer) or not isinstance(self.data, Readable):
             return None
         self.model.eval()
         start = self.data.encode("\n").to(self.device)[None]
-        return self.data.decode(generate(self.model, start, count, temperature=0.8, seed=self.spec.seed)[0, 1:].cpu())
+        return self.data.decode(self.model.write(start, count, temperature=0.8, seed=self.spec.seed)[0, start.shape[1] :].cpu())
 
     def _finish(self) -> RunRecord:
         """Write the final weights, then the record (its presence means: complete), then drop the checkpoint."""

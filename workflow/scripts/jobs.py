@@ -17,8 +17,11 @@ from codehash import ROOT, digest
 
 from mango import codecs, data, models, optim
 from mango.errors import ConfigError
+from mango.mole.config import MoleConfig
+from mango.mole.gradients import REGISTRY as GRADIENTS
 from mango.registry import Registry
 from mango.training.config import RunConfig, TierConfig, load, resolve
+from mango.training.loop import CONVERSIONS
 from theory import THEOREMS
 
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
@@ -107,13 +110,18 @@ def run_code(tier: TierConfig, experiment: str, variant: str) -> str:
 
 
 def run_modules(run: RunConfig) -> list[str]:
-    """The loop, and the registered parts that the settings name: data, model, optimizer, codecs of the plan (its defaults included)."""
+    """The loop, and the registered parts that the settings name: data, model, optimizer, codecs of the plan (its defaults included), and
+    what converted layers need."""
     optimizer = entry(optim.REGISTRY, run.optimizer)
     modules = [*TRAINING, entry(data.REGISTRY, run.data.name), entry(models.REGISTRY, run.model.name), optimizer]
     if "plan" in inspect.signature(optim.REGISTRY.load(run.optimizer)).parameters:
         plan = optim.LayerPlan.of(run.options.get("plan") or {})
         error = plan.error_codec if plan.error == "codec" else None
         modules += [entry(codecs.REGISTRY, name) for name in (plan.basis_codec, plan.factor_codec, plan.moment_codec, error) if name]
+    if run.mole is not None:
+        mole = MoleConfig.of(run.mole)
+        modules += [entry(CONVERSIONS, "mole"), entry(GRADIENTS, mole.gradient)]
+        modules += [entry(codecs.REGISTRY, name) for name in {mole.store, mole.derivative_store} if name in codecs.REGISTRY]
     return modules
 
 
