@@ -5,6 +5,9 @@
 
 from mango.mole.config import MoleConfig
 from mango.mole.convert import Report, convert, revert
+from mango.mole.factors import Factors
 from mango.mole.linear import MoleLinear
+from mango.mole.mlp import MoleMLP
+from mango.mole.optimizer import MoleOptimizer
 
-__all__ = ["MoleConfig", "MoleLinear", "Report", "convert", "revert"]
+__all__ = ["Factors", "MoleConfig", "MoleLinear", "MoleMLP", "MoleOptimizer", "Report", "convert", "revert"]
