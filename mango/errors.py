@@ -33,3 +33,7 @@ class MissingExtra(MangoError, ImportError):
 
 class NonFinite(MangoError, ArithmeticError):
     """NaN or infinity where a finite number is required; the message names the tensor."""
+
+
+class Unhealthy(MangoError, ArithmeticError):
+    """A quantity that should be sound is degenerate; the message names the layer, the step and what is wrong."""

@@ -3,8 +3,12 @@
 ``report = mango.mole.convert(model, mango.mole.MoleConfig(store="int4"))`` converts a model in place; ``revert(model)`` undoes it.
 """
 
+from mango.mole import state
 from mango.mole.config import MoleConfig
 from mango.mole.convert import Report, convert, revert
+from mango.mole.factors import Factors
 from mango.mole.linear import MoleLinear
+from mango.mole.mlp import MoleMLP
+from mango.mole.optimizer import MoleOptimizer
 
-__all__ = ["MoleConfig", "MoleLinear", "Report", "convert", "revert"]
+__all__ = ["Factors", "MoleConfig", "MoleLinear", "MoleMLP", "MoleOptimizer", "Report", "convert", "revert", "state"]

@@ -16,6 +16,7 @@ from mango.mole.layer import Layer
 from mango.mole.linear import MoleLinear
 from mango.mole.mlp import MoleMLP
 from mango.mole.stores import Shared
+from mango.mole.watch import Sink
 
 FFN = re.compile(r"(^|[._])(mlp|ffn|ff|feedforward|feed_forward|experts?)([._]|$|\d)", re.IGNORECASE)
 ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|cross_attn)([._]|$|\d)", re.IGNORECASE)
@@ -35,6 +36,11 @@ class Report:
     converted: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
+
+    def observe(self, sink: Sink | None) -> None:
+        """Send the rows of diagnostics and comparisons of every layer to a sink, e.g. ``RunLog.write``; None = nowhere."""
+        for layer in self.layers:
+            layer.sink = sink
 
     def __str__(self) -> str:
         lines = [f"{name}: {what}" for name, what in self.converted.items()]

@@ -13,6 +13,7 @@ from mango.registry import Registry
 
 if TYPE_CHECKING:
     from mango.mole.layer import Layer
+    from mango.mole.watch import Watch
 
 REGISTRY = Registry("gradient", {"formed": "mango.mole.gradients:Formed", "factored": "mango.mole.gradients:Factored"})
 
@@ -22,14 +23,21 @@ class Gradient(ABC):
 
     Args:
         layer: whose weight it is.
+        watch: looks at this backward pass, or None.
     """
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
+    def __init__(self, layer: Layer, watch: Watch | None = None) -> None:
+        self.layer, self.watch = layer, watch
 
-    @abstractmethod
     def add(self, b: Tensor, a: Tensor) -> None:
         """Tokens are added: output gradients b (tokens, outputs), inputs a (tokens, inputs)."""
+        if self.watch is not None:
+            self.watch.add(b)
+        self._add(b, a)
+
+    @abstractmethod
+    def _add(self, b: Tensor, a: Tensor) -> None:
+        """The same, after what looks on has seen b."""
 
     @abstractmethod
     def finish(self, parameter: Tensor) -> Tensor | None:
@@ -39,11 +47,11 @@ class Gradient(ABC):
 class Formed(Gradient):
     """The whole matrix. Autograd hands it on before the next layer forms its own, so with a fused step one layer's gradient is alive."""
 
-    def __init__(self, layer: Layer) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: Layer, watch: Watch | None = None) -> None:
+        super().__init__(layer, watch)
         self.total: Tensor | None = None
 
-    def add(self, b: Tensor, a: Tensor) -> None:
+    def _add(self, b: Tensor, a: Tensor) -> None:
         if self.total is None:
             self.total = b.mT @ a
             return
@@ -55,17 +63,19 @@ class Formed(Gradient):
             self.total.add_(b.mT @ a)
 
     def finish(self, parameter: Tensor) -> Tensor | None:
+        if self.total is not None and self.watch is not None:
+            self.watch.finish(self.total)
         return None if self.total is None else self.total.to(parameter.dtype)
 
 
 class Factored(Gradient):
     """Top-k factors by power steps. A and B of the whole layer are held until they are taken; no product is larger than (k, inputs)."""
 
-    def __init__(self, layer: Layer) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: Layer, watch: Watch | None = None) -> None:
+        super().__init__(layer, watch)
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, b: Tensor, a: Tensor) -> None:
+    def _add(self, b: Tensor, a: Tensor) -> None:
         tracked = self.layer.tracked
         assert tracked is not None
         self.pairs.append((a, b) if tracked.columns else (b, a))
@@ -74,7 +84,9 @@ class Factored(Gradient):
         tracked = self.layer.tracked
         if not self.pairs or tracked is None:
             return None
-        factors, _, _ = tracked.step(self.pairs)
+        factors, products = tracked.step(self.pairs)
+        if self.watch is not None:
+            self.watch.finish(factors, products)
         if self.layer.config.fill_grad:
             return factors.product().to(parameter.dtype)
         leave(parameter, factors)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from mango.mole.gradients import REGISTRY, Gradient
 from mango.mole.sketch import Sketch, Sketched
 from mango.mole.stores import Form, Saved, Shared, save
 from mango.mole.tracked import Tracked
+from mango.mole.watch import Sink, Watch, compares, due
 
 
 class Layer:
@@ -26,6 +30,10 @@ class Layer:
         steps: backward passes so far.
         sketch: the basis of the sketch store, else None.
         tracked: the basis of a factored gradient, else None.
+        kept, replaced: bytes kept for the layer in the last forward pass, and bytes of the tensors in whose place they are kept. What
+            another layer encoded already counts there.
+        truth: the exact input of the last forward pass, by chunks, where a comparison with the true gradient is due.
+        sink: takes rows of diagnostics; see mango.mole.watch.
     """
 
     def __init__(self, name: str, config: MoleConfig, shape: tuple[int, int], number: int, shared: Shared) -> None:
@@ -33,23 +41,57 @@ class Layer:
         self.steps = 0
         self.sketch = Sketch(self) if config.store == "sketch" else None
         self.tracked = Tracked(self) if config.gradient == "factored" and self.sketch is None else None
+        self.kept = self.replaced = 0
+        self.truth: list[Tensor] = []
+        self.sink: Sink | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "sink": None, "truth": []}  # a copy reports to nobody until it is told to
+
+    @property
+    def held(self) -> Sketch | Tracked | None:
+        """The subspace that the layer tracks, if it has one."""
+        return self.sketch if self.sketch is not None else self.tracked
 
     def save(self, x: Tensor, dtype: torch.dtype) -> list[Saved]:
         """Keep the input x (…, inputs), taken in dtype; one entry for each chunk of tokens."""
         config = self.config
+        self.kept = self.replaced = 0
+        parts = chunks(x.detach().to(dtype), config.chunk)
+        self.remember(parts)
         if self.sketch is not None:
-            return [self.sketch.save(part) for part in chunks(x.detach().to(dtype), config.chunk)]
+            found = [self.sketch.save(part) for part in parts]
+            self.count(sum(one.nbytes for one in found), x.numel() * dtype.itemsize)
+            return found
         key = (config.store, config.block, config.chunk, dtype)
-        found = self.shared.get(x, key)
-        if found is None:
-            found = [save(part, config.store, config.block, self.name) for part in chunks(x.detach().to(dtype), config.chunk)]
-            self.shared.put(x, key, found)
+        known = self.shared.get(x, key)
+        if known is not None:
+            return known
+        found = [save(part, config.store, config.block, self.name) for part in parts]
+        self.shared.put(x, key, found)
+        self.count(sum(one.nbytes for one in found), x.numel() * dtype.itemsize)
         return found
+
+    @property
+    def compared(self) -> bool:
+        """Whether a comparison with the true gradient is due at the coming backward pass."""
+        return compares(self.config, self.name, self.steps + 1)
+
+    def remember(self, parts: Sequence[Tensor]) -> None:
+        """Keep the exact input for a comparison, if one is due."""
+        self.truth = list(parts) if self.compared else []
+
+    def count(self, kept: int, replaced: int) -> None:
+        """Add to the bytes of the present forward pass."""
+        self.kept, self.replaced = self.kept + kept, self.replaced + replaced
 
     def gradient(self, first: Saved) -> Gradient:
         """Collects G = Σ Bᵀ A over chunks of one backward pass; ``first`` is the first chunk of the layer's input."""
         self.steps += 1
-        return REGISTRY.get(self.config.gradient, layer=self) if self.sketch is None else Sketched(self, first.tensors[1])
+        diagnose, shadow = due(self, self.steps)
+        watch = Watch(self, diagnose, shadow) if diagnose or shadow else None
+        kind = REGISTRY.load(self.config.gradient) if self.sketch is None else partial(Sketched, basis=first.tensors[1])
+        return kind(self, watch)
 
 
 def chunks(x: Tensor, size: int | None) -> tuple[Tensor, ...]:

@@ -68,6 +68,11 @@ class _MLP(torch.autograd.Function):
         down = len(layers) - 1
         kept = [[part] for part in layers[0].save(x, dtype)]  # for each chunk: the input, then the hidden layer and its derivatives
         parts = chunks(x.detach(), config.chunk)
+        for layer in layers[1:]:
+            layer.kept = layer.replaced = 0
+        for layer in layers[1:down]:
+            layer.remember(parts)
+        truth: list[Tensor] = []  # of the layer after the activation
         y = x.new_empty(sum(map(len, parts)), weights[down].shape[0], dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
             for place, part, into in zip(kept, parts, chunks(y, config.chunk), strict=True):
@@ -76,9 +81,13 @@ class _MLP(torch.autograd.Function):
                 if (bias := biases[down]) is not None:
                     into.add_(bias)
                 if config.hidden == "codes":
-                    place.append(save(value, config.store, config.block, layers[down].name))
-                    store = config.derivative_store or config.store
-                    place += [save(p, store, config.block, layer.name) for p, layer in zip(partials, layers, strict=False)]
+                    stores = (config.store, *(config.derivative_store or config.store for _ in partials))
+                    for layer, tensor, store in zip((layers[down], *layers), (value, *partials), stores, strict=False):
+                        place.append(save(tensor, store, config.block, layer.name))
+                        layer.count(place[-1].nbytes, tensor.nbytes)
+                if layers[down].compared:
+                    truth.append(value)
+        layers[down].remember(truth)
         saved = [one for place in kept for one in place]
         ctx.save_for_backward(*params, *(tensor for one in saved for tensor in one.tensors))
         ctx.mlp, ctx.dtype, ctx.input, ctx.forms = mlp, dtype, (x.shape, x.dtype), [one.form for one in saved]

@@ -14,6 +14,7 @@ from mango.subspace import gaussian, orthonormalize
 
 if TYPE_CHECKING:
     from mango.mole.layer import Layer
+    from mango.mole.watch import Watch
 
 
 class Sketch:
@@ -36,6 +37,10 @@ class Sketch:
 
     def _draw(self, count: int, device: torch.device) -> Tensor:
         return gaussian((self.inputs, count), (self.layer.config.seed, self.layer.number, self.layer.steps), device)
+
+    def reseed(self) -> None:
+        """Forget the basis: the next forward pass draws one."""
+        self.basis = self.previous = self.seen = None
 
     def save(self, x: Tensor) -> Saved:
         """Keep x (tokens, inputs) as x Q, with Q: the basis may have moved when the backward pass comes."""
@@ -69,12 +74,12 @@ class Sketch:
 class Sketched(Gradient):
     """G Q Qᵀ, as a matrix or as factors."""
 
-    def __init__(self, layer: Layer, basis: Tensor) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: Layer, watch: Watch | None, basis: Tensor) -> None:
+        super().__init__(layer, watch)
         self.basis = basis
         self.total: Tensor | None = None
 
-    def add(self, b: Tensor, a: Tensor) -> None:
+    def _add(self, b: Tensor, a: Tensor) -> None:
         part = (b.mT @ a).float()  # (outputs, rank): a is A Q
         self.total = part if self.total is None else self.total.add_(part)
 
@@ -84,7 +89,10 @@ class Sketched(Gradient):
         y, config = self.total, self.layer.config
         if self.layer.sketch is not None and self.layer.sketch.basis is self.basis:  # else another pass has moved it already
             self.layer.sketch.move(y)
+        factors = Factors(self.basis, y.mT, columns=True)
+        if self.watch is not None:
+            self.watch.finish(factors)
         if config.gradient == "formed" or config.fill_grad:
-            return (y @ self.basis.mT).to(parameter.dtype)
-        leave(parameter, Factors(self.basis, y.mT, columns=True))
+            return factors.product().to(parameter.dtype)
+        leave(parameter, factors)
         return None

@@ -73,11 +73,12 @@ class Tracked:
         """Gaussian values that depend on the seed, the layer and the step alone."""
         return gaussian(shape, (self.layer.config.seed, self.layer.number, self.layer.steps, purpose), device)
 
-    def step(self, pairs: Pairs) -> tuple[Factors, Products, Tensor | None]:
-        """Move the basis and take the factors.
+    def reseed(self) -> None:
+        """Forget the basis: the next step draws one."""
+        self.basis = self.previous = self.energy = self.carried = None
 
-        Returns: the factors, the products (for diagnostics), and the captured share with its standard error, (2,), where it was estimated.
-        """
+    def step(self, pairs: Pairs) -> tuple[Factors, Products]:
+        """Move the basis and take the factors. Also returns the products with the gradient, for who looks on."""
         config, device = self.layer.config, pairs[0][0].device
         g = Products(pairs, self.carried)
         self._move(g)
@@ -91,10 +92,10 @@ class Tracked:
         share = None
         if config.trust_scaling or config.energy_target is not None:
             probes = self.draw((self.small, config.probes), 2, device)
-            share = torch.stack(estimate_energy(basis, g.gram, probes))
+            share = estimate_energy(basis, g.gram, probes)[0].clamp_min(1e-12)
         if config.energy_target is not None and share is not None:
             cumulative = coefficients.square().sum(1).cumsum(0)
-            wanted = config.energy_target * cumulative[-1] / share[0].clamp_min(1e-12)  # of the whole gradient's energy
+            wanted = config.energy_target * cumulative[-1] / share  # of the whole gradient's energy
             keep = int((cumulative < wanted).sum()) + 1
             basis, coefficients = basis[:, :keep], coefficients[:keep]
         extra = None
@@ -104,8 +105,8 @@ class Tracked:
             missed = g.left(directions) - basis @ (coefficients @ directions)
             extra = (missed * (self.large / s), directions.mT)
         if config.trust_scaling and share is not None:
-            coefficients = coefficients / share[0].clamp_min(1e-12).sqrt()
-        return Factors(basis, coefficients, self.columns, extra), g, share
+            coefficients = coefficients / share.sqrt()
+        return Factors(basis, coefficients, self.columns, extra), g
 
     def _move(self, g: Products) -> None:
         config, device = self.layer.config, g.pairs[0][0].device

@@ -19,7 +19,7 @@ from mango.optim.plan import LayerPlan
 from mango.optim.split import matching, split
 from mango.registry import Registry
 
-NAMES = ("adamw", "sgd", "adafactor", "muon", "adamw8bit", "pagedadamw8bit", "galore", "galore8bit", "adarankgrad", "mango")
+NAMES = ("adamw", "sgd", "adafactor", "muon", "adamw8bit", "pagedadamw8bit", "galore", "galore8bit", "adarankgrad", "mango", "mole")
 REGISTRY = Registry("optimizer", {name: f"mango.optim.baselines:{name}" for name in NAMES})
 
 

@@ -227,6 +227,16 @@ def mango(
     return Mango([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **options)
 
 
+def mole(
+    matrices: Named, rest: Named, lr: float = 1e-3, rest_lr: float | None = None, weight_decay: float = 0.0, **options: Any
+) -> torch.optim.Optimizer:
+    """MoleOptimizer: factors where converted layers leave them, AdamW for every other gradient."""
+    from mango.mole.optimizer import MoleOptimizer  # whose AdamW is a module of this package
+
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "lr": lr if rest_lr is None else rest_lr}]
+    return MoleOptimizer([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **options)
+
+
 def _extra(package: str, purpose: str, distribution: str | None = None) -> Any:
     try:
         return import_module(package)

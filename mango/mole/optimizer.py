@@ -1,0 +1,188 @@
+"""MoleOptimizer: steps on the factors that converted layers leave, never on a matrix of the gradient's size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mango.errors import ConfigError, NonFinite
+from mango.mole.factors import Factors, take
+from mango.optim.adamw import adamw
+from mango.optim.guard import Guard
+from mango.subspace import rotation
+
+SCALINGS = ("adam", "eigen", "whiten", "muon")
+MUON_RMS = 0.2  # of Muon's step, as large as AdamW's usually is (arXiv:2502.16982)
+
+
+class MoleOptimizer(torch.optim.Optimizer):
+    r"""A step along P A for a gradient that is there as factors P U, with moments of size (k, n).
+
+    .. math::
+        R &= P^\top P' && \text{carries moments to the new basis, } M \leftarrow \beta_1 R M + (1-\beta_1) U \\
+        \text{adam}: A &= \hat M / (\sqrt{\hat V} + \epsilon), && V \leftarrow \beta_2 (R \circ R) V + (1-\beta_2) U \circ U \\
+        \text{eigen}: A_i &= \hat M_i / (\sqrt{\hat\lambda_i} + \epsilon), && \lambda_i \text{ the same for the mean square of row } i \\
+        \text{whiten}: A &= L^{-1} \hat M, && L L^\top = \hat C, \; C \leftarrow \beta_2 R C R^\top + (1-\beta_2) U U^\top / n \\
+        \text{muon}: A &= (M M^\top)^{-1/2} M, && \text{the polar factor, from a } k \times k \text{ matrix alone} \\
+        W &\leftarrow (1 - \eta\lambda) W - \eta P A
+
+    Directions that are new to the basis have no history and are taken to have had the present factor all along, as in mango.Mango.
+    Parameters with a gradient of their own are stepped by AdamW. Factors are consumed by the step.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either.
+        lr: learning rate, finite and >= 0.
+        betas: decay rates of the first and second moment, in [0, 1).
+        eps: >= 0.
+        weight_decay: decoupled, >= 0.
+        scaling: "adam", "eigen", "whiten" or "muon".
+
+    Raises:
+        ConfigError: for an option that is not legal. NonFinite: for factors or gradients that are not finite, before anything has changed.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        scaling: str = "adam",
+    ) -> None:
+        self._guard = Guard()
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "scaling": scaling})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0.0 <= float(group[name]) < float("inf"):
+                raise ConfigError.of(name, group[name], "a finite number >= 0")
+        if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
+            raise ConfigError.of("betas", group["betas"], "two numbers in [0, 1)")
+        if group["scaling"] not in SCALINGS:
+            raise ConfigError.of("scaling", group["scaling"], "one of " + ", ".join(SCALINGS))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._guard = Guard()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for param in group["params"]:
+                take(param)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. Returns the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = []
+        for group in self.param_groups:
+            names = group.get("param_names") or [f"a parameter of shape {tuple(param.shape)}" for param in group["params"]]
+            dense = [(param, name) for param, name in zip(group["params"], names, strict=True) if param.grad is not None]
+            factored = [(param, factors, name) for param, name in zip(group["params"], names, strict=True) if (factors := take(param))]
+            for _, factors, name in factored:
+                if not bool(factors.basis.isfinite().all() & factors.coefficients.isfinite().all()):
+                    raise NonFinite(f"the factors of the gradient of {name} hold NaN or infinity")
+            grads = self._guard.admit([param.grad.detach() for param, _ in dense if param.grad is not None], [name for _, name in dense])
+            work.append((group, [param for param, _ in dense], grads, factored))
+        for group, params, grads, factored in work:
+            self._step_dense(group, params, grads)
+            for param, factors, _ in factored:
+                self._step_factored(group, param, factors)
+        return loss
+
+    def _step_dense(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        for param in params:
+            state = self.state[param]
+            if "exp_avg_sq" not in state:
+                zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+                state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
+            state["step"] += 1
+        states = [self.state[param] for param in params]
+        adamw(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=False,
+        )
+
+    def _step_factored(self, group: dict[str, Any], param: Tensor, factors: Factors) -> None:
+        state, (beta1, beta2), u = self.state[param], group["betas"], factors.coefficients  # (k, n)
+        scaling = group["scaling"]
+        step = state["step"] = state.get("step", 0) + 1
+        second = {
+            "adam": u.square,
+            "eigen": lambda: u.square().mean(1),
+            "whiten": lambda: u @ u.mT / u.shape[1],
+            "muon": u.new_empty(0).clone,
+        }
+        now = second[scaling]()
+        if step == 1:
+            m, v = (1.0 - beta1) * u, (1.0 - beta2) * now
+        else:
+            r = rotation(factors.basis, state["basis"])  # (k, k'): the rank may have changed
+            new = (1.0 - r.square().sum(1)).clamp(0.0, 1.0)  # (k,) share of each direction without a history
+            catch1, catch2 = beta1 * (1.0 - beta1 ** (step - 1)), beta2 * (1.0 - beta2 ** (step - 1))
+            m = beta1 * (r @ state["first"]) + u * (new * catch1 + 1.0 - beta1).unsqueeze(1)
+            if scaling == "whiten":
+                v = beta2 * (r @ state["second"] @ r.mT) + (1.0 - beta2) * now + torch.diag(new * catch2 * now.diagonal())
+            elif scaling == "muon":
+                v = now
+            else:
+                fresh = (new * catch2 + 1.0 - beta2).view(-1, *(1,) * (now.ndim - 1))
+                v = beta2 * (r.square() @ state["second"]) + now * fresh
+        state.update(basis=factors.basis, first=m, second=v)
+        direction = self._direction(scaling, m / (1.0 - beta1**step), v / (1.0 - beta2**step), group["eps"], param)
+        update = factors.basis @ direction  # (small, n)
+        if factors.extra is not None:  # an unbiased rest has no moments: it is scaled as the factors were
+            update.addmm_(*factors.extra, alpha=float(direction.norm() / u.norm().clamp_min(1e-30)))
+        if group["weight_decay"]:
+            param.mul_(1.0 - float(group["lr"]) * group["weight_decay"])
+        param.add_((update.mT if factors.columns else update).to(param.dtype), alpha=-float(group["lr"]))
+
+    @staticmethod
+    def _direction(scaling: str, m: Tensor, v: Tensor, eps: float, param: Tensor) -> Tensor:
+        """A (k, n) from the corrected moments."""
+        if scaling == "adam":
+            return m / (v.sqrt() + eps)
+        if scaling == "eigen":
+            return m / (v.sqrt() + eps).unsqueeze(1)
+        if scaling == "whiten":
+            # a floor relative to the largest direction keeps the factorisation defined when directions die out
+            floor = eps**2 + 1e-6 * v.diagonal().amax().clamp_min(torch.finfo(v.dtype).tiny)
+            lower = torch.linalg.cholesky(v + floor * torch.eye(len(v), dtype=v.dtype, device=v.device))
+            return torch.linalg.solve_triangular(lower, m, upper=False)
+        values, vectors = torch.linalg.eigh(m @ m.mT)
+        inverse = torch.where(values > 1e-10 * values[-1].clamp_min(torch.finfo(values.dtype).tiny), values, torch.inf).rsqrt()
+        polar = vectors @ (inverse.unsqueeze(1) * (vectors.mT @ m))
+        return polar * MUON_RMS * (param.numel() / len(m)) ** 0.5
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a saved state, bit for bit. It may have been saved under another rank: moments are carried to the present basis."""
+        # torch's own method would cast moments to the parameters' dtype
+        super().load_state_dict({**state_dict, "state": {}})
+        params = [param for group in self.param_groups for param in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            if number in state_dict["state"]:
+                state = state_dict["state"][number].items()
+                self.state[param] = {key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value for key, value in state}
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor kept between steps."""
+        return sum(value.nbytes for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
