@@ -14,9 +14,10 @@ from mango.errors import ConfigError
 from mango.models.gpt import GPT
 from mango.models.sampling import generate
 from mango.telemetry import MemoryLedger
-from mango.training import record
+from mango.training import checkpoint, record
 from mango.training.config import RunConfig, RunSpec, TierConfig, resolve, validated
 from mango.training.loop import train
+from mango.training.mole import MoleRun
 from mango.training.record import RunRecord
 from mango.training.yamlfile import parse
 
@@ -38,6 +39,8 @@ experiments:
       recompute: {optimizer: adamw, options: {lr: 3e-3}, recompute: true}
       exact: {optimizer: adamw, options: {lr: 3e-3}, mole: {store: dense, norms: false}}
       int4: {optimizer: adamw, options: {lr: 3e-3}, mole: {store: int4}}
+      factored:
+        {optimizer: mole, options: {lr: 3e-3}, mole: {gradient: factored, rank: 0.25, targets: all, exclude: [head], diagnostics_every: 4}}
 """
 
 
@@ -137,7 +140,20 @@ def test_converted_layers_train_through_the_same_loop(runs: dict[str, Path], rec
     assert "blocks.0.feedforward" in records["int4"].mole.converted and records["int4"].mole.skipped == {}
 
 
-def test_a_converted_model_resumes_bit_for_bit(tier: TierConfig, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_layers_tell_of_their_gradients_in_the_metrics(runs: dict[str, Path], records: dict[str, RunRecord]) -> None:
+    rows = [row for row in lines(runs["factored"]) if row["split"] == "mole"]
+    assert {row["step"] for row in rows} == {4, 8}
+    layers = {f"blocks.0.{name}" for name in ("attention.query", "attention.out", "feedforward.up", "feedforward.down")}
+    assert layers <= {row["layer"] for row in rows}
+    assert all(0.0 < row["energy_capture"] <= 1.0 + 1e-6 for row in rows)
+    kept = {row["layer"].rpartition(".")[2]: row["layer_memory_usage"] for row in rows}
+    assert kept["up"] > kept["out"] > 0 == kept["key"] == kept["value"], "queries, keys and values share the code of one input"
+    assert not [row for row in lines(runs["int4"]) if row["split"] == "mole"]
+    assert records["factored"].memory.gradients < records["int4"].memory.gradients, "no gradient of a converted matrix is formed"
+
+
+@pytest.mark.parametrize("variant", ["int4", "factored"])
+def test_a_converted_model_resumes_bit_for_bit(tier: TierConfig, runs: dict[str, Path], tmp_path: Path, variant: str) -> None:
     class Crash(Exception):
         pass
 
@@ -146,9 +162,17 @@ def test_a_converted_model_resumes_bit_for_bit(tier: TierConfig, runs: dict[str,
             raise Crash
 
     with pytest.raises(Crash):
-        train(spec(tier, "int4"), tmp_path, progress=stop)
-    assert train(spec(tier, "int4"), tmp_path, resume=True).resumed == [3]
-    assert lines(tmp_path) == lines(runs["int4"])
+        train(spec(tier, variant), tmp_path, progress=stop)
+    saved = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert train(spec(tier, variant), tmp_path, resume=True).resumed == [3]
+    assert lines(tmp_path) == lines(runs[variant])
+    for fields in ({"rank": 3}, {"rank": 0.5}, {"store": "int2"}, {"store": "sketch", "rank": 8}, {"gradient": "formed"}):
+        model = GPT(300, **spec(tier, variant).config.model.model_dump(exclude={"name"}))
+        model.load_state_dict(saved["model"])
+        changed = MoleRun(model, {**spec(tier, variant).config.mole, **fields}, lambda row: None)
+        changed.load_state_dict(saved["mole"])  # another rank, store or gradient takes up what it can use
+        assert changed.state_dict()["blocks.0.feedforward.up"]["steps"] == 3
+        model(torch.arange(32)[None]).square().mean().backward()
 
 
 def test_fields_of_mole_are_reached_by_set_and_checked(tier: TierConfig, tmp_path: Path) -> None:

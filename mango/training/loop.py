@@ -108,7 +108,8 @@ class _Trainer:
         self.under_test = sum(parameter.numel() for _, parameter in under_test)
         for _, parameter in under_test if self.config.freeze else ():
             parameter.requires_grad_(False)
-        self.mole = CONVERSIONS.get("mole", model=self.model, fields=self.config.mole) if self.config.mole is not None else None
+        fields = self.config.mole
+        self.mole = None if fields is None else CONVERSIONS.get("mole", model=self.model, fields=fields, write=self._write_mole)
         if isinstance(self.model, Writer):
             self.model.recompute = self.config.recompute
         self.optimizer = optim.build(self.config.optimizer, self.model, exclude=self.config.exclude, **self.config.options)
@@ -258,6 +259,10 @@ class _Trainer:
             shown = {f"{split}/{key}": value for key, value in {"loss": loss, **scores}.items()}
             self.sink.log(shown | {"lr": lr}, step=self.counters.step)
 
+    def _write_mole(self, row: dict[str, Any]) -> None:
+        """What a converted layer tells of its gradient: it counts passes, of which there is one a step."""
+        self.log.write({"step": row["step"], "split": "mole", **{key: value for key, value in row.items() if key != "step"}})
+
     def _non_finite(self, what: str, step: int) -> NonFinite:
         kept = self.out / CHECKPOINT
         last = f"the last good checkpoint is {kept}" if kept.is_file() else "there is no checkpoint yet"
@@ -283,6 +288,7 @@ class _Trainer:
             "metrics": self.log.lines,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "mole": None if self.mole is None else self.mole.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -309,6 +315,8 @@ class _Trainer:
                 )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
+        if self.mole is not None:
+            self.mole.load_state_dict(content["mole"])
         torch.set_rng_state(content["rng"])
         if content["rng_device"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["rng_device"], self.device)

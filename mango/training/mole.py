@@ -1,13 +1,13 @@
-"""MoleGrad in the training loop: what is converted, and what that leaves in the record."""
+"""MoleGrad in the training loop: what is converted, what it tells on the way, and what a checkpoint keeps of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from mango.mole import MoleConfig, convert
+from mango.mole import MoleConfig, convert, state
 
 
 class MoleRun:
@@ -16,13 +16,23 @@ class MoleRun:
     Args:
         model: converted in place.
         fields: of ``mango.mole.MoleConfig``.
+        write: takes one row of diagnostics, every ``diagnostics_every`` steps for each layer.
 
     Raises: ConfigError as these do.
     """
 
-    def __init__(self, model: nn.Module, fields: Mapping[str, Any]) -> None:
-        self.config = MoleConfig.of(fields)
+    def __init__(self, model: nn.Module, fields: Mapping[str, Any], write: Callable[[dict[str, object]], None]) -> None:
+        self.model, self.config = model, MoleConfig.of(fields)
         self.report = convert(model, self.config)
+        self.report.observe(write)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What layers carry from step to step; the model's own state knows nothing of the conversion."""
+        return state.state_dict(self.model)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take it up again, also where rank or store have changed."""
+        state.load_state_dict(self.model, saved)
 
     def record(self) -> dict[str, Any]:
         """For the run record: see ``mango.training.record.Mole``."""
