@@ -116,8 +116,8 @@ def draw_contexts(runs: RunSet) -> Figure:
 # ---------------------------------------------------------------- numbers for the paper
 
 
-def report(runs: RunSet, contexts: RunSet, prefix: str, numbers: Numbers) -> None:
-    """What the paper says beside ``report.report``, under ``prefix``."""
+def report(runs: RunSet, source: RunSet, contexts: RunSet, prefix: str, numbers: Numbers) -> None:
+    """What the paper says beside ``report.report``, under ``prefix``; the captured energy is that of ``source``."""
 
     def add(key: str, value: Any, format: str = "text", tier: str = runs.tier, **more: Any) -> None:
         numbers.add(f"{prefix}.{key}", value, format, tier=tier, **more)
@@ -131,7 +131,8 @@ def report(runs: RunSet, contexts: RunSet, prefix: str, numbers: Numbers) -> Non
     chosen = headline(runs)
     text = runs.runs[chosen][0].sample if chosen else None
     add("sample", " ".join((text or "").replace("\ufffd", "?").split())[:160] or None)
-    frame = energy(runs)
+    frame = energy(source)
+    add("energy.tier_label", source.label, tier=source.tier)
     add("energy.count", len(frame), "d")
     add("energy.median", float(frame["energy"].median()) if len(frame) else None, ".0%")
     add("energy.lowest", float(frame["energy"].min()) if len(frame) else None, ".0%")

@@ -196,11 +196,24 @@ class Theory(Strict):
     theorems: list[str] | None = Field(None, description="null = all")
 
 
+class Contexts(Strict):
+    """Memory against context length, measured apart from training: see workflow/scripts/contexts.py."""
+
+    depth: Positive
+    vocabulary: Annotated[int, Field(ge=256)] = Field(65536, description="that embedding and head are sized for")
+    lengths: Annotated[list[Positive], Field(min_length=1)] = Field(description="tokens")
+    batch: Positive = 1
+    steps: Annotated[int, Field(ge=2)] = Field(6, description="at each length; the first is not timed")
+    cap: Annotated[float, Field(gt=0)] = Field(description="GiB that the longest context may take")
+    limit: Positive = Field(1 << 18, description="the longest context that is tried")
+
+
 class TierConfig(Strict):
     """A whole tier: workflow/config/<tier>.yaml."""
 
     tier: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     theory: Theory = Field(default_factory=lambda: Theory(theorems=None))
+    contexts: Contexts | None = None
     wandb: bool = Field(False, description="also log to Weights & Biases, offline unless WANDB_MODE says otherwise")
     experiments: Annotated[dict[str, Experiment], Field(min_length=1)]
 

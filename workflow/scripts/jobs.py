@@ -14,6 +14,7 @@ from typing import Any
 
 import jsonschema
 from codehash import ROOT, digest
+from contexts import METHODS
 
 from mango import codecs, data, models, optim
 from mango.errors import ConfigError
@@ -171,11 +172,31 @@ def declared_modules(path: Path) -> list[str]:
     )
 
 
+def subjects(tier: TierConfig) -> set[str]:
+    """What the tier produces that notebooks read."""
+    return {"theory", *tier.experiments, *(["contexts"] if tier.contexts is not None else [])}
+
+
+def contexts_code() -> str:
+    """Hash of the code behind memory against context length."""
+    used = [entry(data.REGISTRY, "text"), entry(models.REGISTRY, "gpt"), entry(optim.REGISTRY, "adamw")]
+    made = [entry(GRADIENTS, "formed"), entry(codecs.REGISTRY, "int4"), entry(codecs.REGISTRY, "int2")]
+    return digest(["workflow/scripts/contexts.py", *used, *made])
+
+
+def contexts_arguments(tier: TierConfig) -> str:
+    """The command line of workflow/scripts/contexts.py for a tier that has contexts."""
+    options = tier.contexts.model_dump() if tier.contexts is not None else {}
+    words = [f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in options.items()]
+    return " ".join([f"--tier {tier.tier}", *words])
+
+
 def notebook_records(tier: TierConfig, subject: str) -> list[str]:
-    """What a notebook reads: the theorems' records, or an experiment's run records of this tier and of every archive."""
+    """What a notebook reads: the theorems' records, or run records of an experiment or of the contexts, this tier's and every archive's."""
     if subject == "theory":
         return [f"results/{tier.tier}/theory/{theorem}.json" for theorem in theorems(tier)]
-    live = [f"results/{tier.tier}/{subject}/{variant}/{seed}/run.json" for variant, seed in runs(tier, subject)]
+    made = [(method, 0) for method in METHODS] if subject == "contexts" else runs(tier, subject)
+    live = [f"results/{tier.tier}/{subject}/{variant}/{seed}/run.json" for variant, seed in made]
     return live + sorted(str(path.relative_to(ROOT)) for path in (ROOT / "results" / "archive").glob(f"*/**/{subject}/*/*/run.json"))
 
 

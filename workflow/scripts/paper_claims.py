@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paper_experiments import EXPERIMENTS, Sentences, count
+from paper_molegrad import Mole
 from paper_numbers import Numbers
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -38,7 +39,7 @@ def sentences(numbers: Numbers, records: Records, tier: str) -> str:
         "reproducibility.compute": compute(numbers, records),
     }
     for name in EXPERIMENTS:
-        found |= Sentences(numbers, name).all()
+        found |= (Mole if name == "nanochat" else Sentences)(numbers, name).all()
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
 
 
@@ -108,6 +109,14 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
                 "records validated against their schema when read",
             )
             for name, experiment in EXPERIMENTS.items()
+        ),
+        Evidence(
+            r"\Cref{fig:nanochat.contexts}: memory against context length",
+            "contexts",
+            f"results/{tier}/contexts/*/0/run.json",
+            "contexts",
+            None,
+            r"\path{tests/test_contexts.py}",
         ),
         Evidence(
             r"\Cref{tab:theorems} and the figures of \cref{sec:theory}",
