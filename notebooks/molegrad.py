@@ -9,7 +9,7 @@ import common
 import numpy as np
 import pandas as pd
 from common import Numbers, RunSet
-from experiment import controls, group, headline, table
+from experiment import controls, final_losses, group, headline, kept_otherwise, table, task
 from figures import Looks, front
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -34,6 +34,17 @@ def draw_kept(runs: RunSet, look: Looks) -> Figure:
     axis.set(xlabel="bytes kept for the backward pass (dense = 1)", ylabel={"recovered": "recovered gap", "loss": "test loss"}[field])
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+def own_share(runs: RunSet, name: str) -> float | None:
+    """The recovered gap of a converted model with the same optimizer's unconverted runs as dense; None without these, or a verdict."""
+    optimizer, (_, frozen), gap = runs.runs[name][0].config.optimizer, controls(runs), task(runs)
+    plain = [other for other in runs.runs if other != frozen and runs.runs[other][0].config.optimizer == optimizer]
+    plain = [other for other in plain if not kept_otherwise(runs.runs[other][0])]
+    if gap is None or not gap.passed or len(plain) != 1 or group(runs, name) != "mole":
+        return None
+    loss, dense = (float(np.mean(list(final_losses(runs, each).values()))) for each in (name, plain[0]))
+    return (gap.frozen - loss) / (gap.frozen - dense)
 
 
 # ---------------------------------------------------------------- captured energy over depth and time
@@ -127,6 +138,7 @@ def report(runs: RunSet, source: RunSet, contexts: RunSet, prefix: str, numbers:
         fields = runs.runs[str(name)][0].config.mole or {}
         add(f"{name}.store", fields.get("store", "int4") if group(runs, str(name)) == "mole" else None)
         add(f"{name}.gradient", fields.get("gradient", "formed") if group(runs, str(name)) == "mole" else None)
+        add(f"{name}.own", own_share(runs, str(name)), ".3f")
         add(f"{name}.bpb_ratio", row["bits_per_byte"] / rows.loc[dense, "bits_per_byte"] - 1 if dense else None, "+.2%")
     chosen = headline(runs)
     text = runs.runs[chosen][0].sample if chosen else None

@@ -67,28 +67,25 @@ class Mole(Sentences):
         return f"{start} It recovers {self.val(name, 'recovered')} of the gap. {bits}"
 
     def stores(self) -> str:
-        """Each store whose gradient is formed, by the optimizer's own dense control where there is one."""
+        """Each store whose gradient is formed, beside the unconverted runs of its optimizer."""
         names = [name for name in self.get("variants") if self.get(name, "gradient") == "formed" and self.get(name, "store") != "sketch"]
         if not names or not self.get("gap_passes"):
             return "As the task does not decide, the stores are listed without a verdict." if names else "No store was run in this tier."
         parts = []
         for name in names:
-            text = f"{self.val(name, 'label')} recovers {self.val(name, 'recovered')}{self.peer(name)} with {self.val(name, 'kept')} kept"
-            aim = AIMS.get(self.get(name, "store"))
+            own, aim = self.get(name, "own"), AIMS.get(self.get(name, "store"))
+            if own is None:
+                parts.append(f"{self.val(name, 'label')} recovers {self.val(name, 'recovered')}, without runs of its optimizer to compare")
+                continue
+            text = f"{self.val(name, 'label')} recovers {self.val(name, 'own')} with {self.val(name, 'kept')} kept"
             if aim is not None:
-                met = self.get(name, "recovered") >= aim
+                met = own >= aim
                 text += rf" (\num{{{aim}}} was aimed at: {'met' if met else 'missed'})"
             parts.append(text)
-        return f"With the gradient formed from codes, one layer at a time: {'; '.join(parts)}."
-
-    def peer(self, name: str) -> str:
-        """What the same optimizer recovers without conversion, unless it is the control itself."""
-        same = [
-            other
-            for other in self.get("variants")
-            if self.get(other, "group") == "peer" and self.get(other, "optimizer") == self.get(name, "optimizer") != "adamw"
-        ]
-        return f" (unconverted: {self.val(same[0], 'recovered')})" if same else ""
+        return (
+            "With the gradient formed from codes, one layer at a time, and the gap to the same optimizer's own unconverted runs: "
+            f"{'; '.join(parts)}."
+        )
 
     def factored(self) -> str:
         names = [name for name in self.get("variants") if self.get(name, "gradient") == "factored" and self.get(name, "store") != "sketch"]
