@@ -73,21 +73,17 @@ def muon(
     weight_decay: float = 0.0,
     rest_betas: tuple[float, float] = (0.9, 0.999),
     rates: dict[str, float] | None = None,
-    precision: str = "bf16",
     **options: Any,
 ) -> Chain:
-    """torch.optim.Muon for the matrices, convolutions folded; fused AdamW for the rest.
+    """Muon (mango.optim.muon) for the matrices, convolutions folded; fused AdamW for the rest.
 
     ``rates``: regular expression -> AdamW's rate for those of the rest in whose names it is found first, as nanochat gives embedding and
-    head rates of their own. ``precision``: "bf16", as torch computes the iteration, or "fp32" (``mango.optim.muon``).
+    head rates of their own.
     """
-    if precision not in ("bf16", "fp32"):
-        raise ConfigError.of("precision", precision, "bf16 or fp32")
-    factory = torch.optim.Muon if precision == "bf16" else Muon
     return Chain(
         [
             Part(
-                lambda inner: factory(inner, lr=lr, weight_decay=weight_decay, **options),
+                lambda inner: Muon(inner, lr=lr, weight_decay=weight_decay, **options),
                 [{"params": [param for _, param in matrices]}],
                 fold=True,
             ),
