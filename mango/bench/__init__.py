@@ -6,6 +6,7 @@ REGISTRY = Registry(
     "bench",
     {
         "codecs": "mango.bench.codecs:run",
+        "mole": "mango.bench.mole:run",
         "optimizers": "mango.bench.optimizers:run",
     },
 )

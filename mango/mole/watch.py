@@ -34,8 +34,9 @@ class Watch:
     principal angles with the basis before; ``trust_scaling_factor`` ‖G‖ / ‖factors‖ and its standard error ``trust_scaling_error``;
     ``condition_number``: of the factors; ``layer_memory_usage``: bytes kept for the layer in the last forward pass, counted on the tensors
     that are kept, and ``memory_saved_mb``: 2^20 bytes by which the tensors that they replace are larger. A comparison adds
-    ``shadow_norm_ratio``, ``shadow_cosine`` and the leading singular values ``shadow_spectrum`` (true) and ``spectrum`` (handed on). With ``health="repair"`` a row also lists ``faults``; the basis of such a layer has been forgotten and is seeded anew, while
-    a gradient that vanishes is only told. Output gradients that are not finite always raise.
+    ``shadow_norm_ratio``, ``shadow_cosine`` and the leading singular values ``shadow_spectrum`` (true) and ``spectrum`` (handed on). With
+    ``health="repair"`` a row also lists ``faults``; the basis of such a layer has been forgotten and is seeded anew, while a gradient that
+    vanishes is only told. Output gradients that are not finite always raise.
 
     Args:
         layer: that is looked at.
