@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from mango.training.mole import MoleRun
 from mango.training.record import RunRecord
 from mango.training.yamlfile import parse
 
+README = Path(__file__).resolve().parents[1] / "README.md"
 TIER = """
 tier: test
 experiments:
@@ -186,3 +188,15 @@ def test_fields_of_mole_are_reached_by_set_and_checked(tier: TierConfig, tmp_pat
     for field, value in (("recompute", {"recompute": True}), ("train.sample", {"train": {"steps": 2, "batch": 2, "sample": 3}})):
         with pytest.raises(ConfigError, match=rf"{field} = .* is not legal: model\.name = gpt alone has it"):
             validated(RunConfig, task | value, "x")
+
+
+def test_readmes_three_lines_convert_a_model() -> None:
+    """The block that README shows, run as it stands on a model of ours."""
+    (block,) = (text for text in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "convert(model" in text)
+    assert len([line for line in block.splitlines() if line]) <= 3
+    model = GPT(256, depth=1, width=64, heads=2)
+    names = {"model": model}
+    exec(block, names)
+    assert "blocks.0.feedforward: MLP with relu2, store int4" in str(names["report"]) and "head" not in names["report"].converted
+    model(torch.arange(32)[None]).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
