@@ -65,7 +65,7 @@ def test_no_prediction_depends_on_what_comes_later() -> None:
 
 def test_attention_is_its_formula() -> None:
     torch.manual_seed(0)
-    attention = Attention(8, 2, 2)
+    attention = Attention(8, 2)
     x = torch.randn(1, 5, 8)
     angles = torch.arange(5)[:, None] * ROTARY_BASE ** -torch.tensor([0.0, 0.5])  # 4 channels a head: two angles
     query, key, value = (layer(x)[0].view(5, 2, 4) for layer in (attention.query, attention.key, attention.value))
@@ -86,7 +86,7 @@ def test_attention_is_its_formula() -> None:
 def test_grouped_queries_share_keys_and_values() -> None:
     """Two queries to a key: as if each key and value head were there twice."""
     torch.manual_seed(0)
-    grouped, plain = Attention(32, 4, 2), Attention(32, 4, 4)
+    grouped, plain = Attention(32, 4, 2), Attention(32, 4)
     plain.load_state_dict(grouped.state_dict() | {f"{name}.weight": twice(getattr(grouped, name).weight) for name in ("key", "value")})
     x, (cosine, sine) = torch.randn(2, 9, 32), positions(9, 8, torch.zeros(1))
     assert torch.allclose(grouped(x, cosine, sine), plain(x, cosine, sine), atol=1e-6)

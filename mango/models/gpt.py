@@ -51,8 +51,9 @@ class Attention(nn.Module):
     With fewer heads of keys and values than of queries, consecutive queries share one (arXiv:2305.13245).
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
+    def __init__(self, width: int, heads: int, kv_heads: int | None = None) -> None:
         super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
         self.channels, self.grouped = width // heads, kv_heads < heads
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, kv_heads * self.channels, bias=False)
@@ -87,7 +88,7 @@ class Feedforward(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to its input."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, ffn: int) -> None:
+    def __init__(self, width: int, heads: int, ffn: int, kv_heads: int | None = None) -> None:
         super().__init__()
         self.attention = Attention(width, heads, kv_heads)
         self.feedforward = Feedforward(width, ffn)
@@ -141,7 +142,7 @@ class GPT(nn.Module):
         self.channels = width // heads
         self.recompute = False
         self.embedding = nn.Embedding(vocabulary, width)
-        blocks = [Block(width, heads, kv_heads, ffn) for _ in range(depth)]
+        blocks = [Block(width, heads, ffn, kv_heads) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(width, vocabulary, bias=False)
         for module in self.modules():
