@@ -120,6 +120,9 @@ def draw_contexts(runs: RunSet) -> Figure:
     peak = "peak on the device (MiB)" if is_measured(runs) else "sum of the ledger (MiB)"
     for axis, label in ((left, "kept for the backward pass (MiB)"), (right, peak)):
         axis.set(xscale="log", yscale="log", xlabel="context length (tokens)", ylabel=label)
+        tokens = sorted(set(frame["tokens"]))
+        axis.set_xticks(tokens, [f"{count:,d}".replace(",", " ") for count in tokens])
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

@@ -98,7 +98,8 @@ class Mole(Sentences):
             best = max(names, key=lambda name: self.get(name, "recovered"))
             met = self.get(best, "recovered") >= FACTORED
             text = (
-                f"With the gradient never formed, but kept as leading directions: {'; '.join(said[name] for name in names)}. "
+                "With the gradient taken as its leading directions, multiplied out where AdamW steps: "
+                f"{'; '.join(said[name] for name in names)}. "
                 rf"The best of them {'meets' if met else 'falls short of'} the \num{{{FACTORED}}} aimed at."
             )
         if sketches:
