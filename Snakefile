@@ -35,6 +35,7 @@ wildcard_constraints:
 
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
+include: "workflow/rules/contexts.smk"
 include: "workflow/rules/theory.smk"
 include: "workflow/rules/notebooks.smk"
 include: "workflow/rules/plan.smk"

@@ -5,13 +5,16 @@ Everything is decided by settings and records, never by a variant's name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from common import RunSet
 
+from mango.mole import MoleConfig
 from mango.training import judge
+from mango.training.record import RunRecord
 
 METRICS = {"accuracy": ("test accuracy", ".1%"), "bits_per_byte": ("test bits per byte", ".3f")}  # label, format
 
@@ -30,8 +33,20 @@ def controls(runs: RunSet) -> tuple[str | None, str | None]:
     if frozen is None:
         return None, None
     reference = runs.runs[frozen][0].config
-    same = [name for name, group in runs.runs.items() if not group[0].config.freeze and group[0].config.optimizer == reference.optimizer]
+    plain = [name for name, group in runs.runs.items() if not group[0].config.freeze and not kept_otherwise(group[0])]
+    same = [name for name in plain if runs.runs[name][0].config.optimizer == reference.optimizer]
     return min(same, key=lambda name: (runs.runs[name][0].config.options != reference.options, name), default=None), frozen
+
+
+def dials(fields: Mapping[str, Any]) -> tuple[str, str, str]:
+    """How converted layers keep their inputs and make their gradients: the two dials, and what becomes of the rest of a gradient."""
+    config = MoleConfig.of(fields)
+    return config.store, config.gradient, config.residual
+
+
+def kept_otherwise(run: RunRecord) -> bool:
+    """Whether activations are kept in another way than autograd's: codes, or computed again."""
+    return run.config.mole is not None or run.config.recompute
 
 
 def final_losses(runs: RunSet, name: str | None) -> dict[int, float]:
@@ -45,10 +60,11 @@ def plan(runs: RunSet, name: str) -> dict[str, Any]:
 
 
 def group(runs: RunSet, name: str) -> str:
-    """ "control", "peer" or "mango"."""
+    """ "control", "peer", "mango" (by its optimizer), or "mole" (converted layers, whatever the optimizer)."""
     if name in controls(runs):
         return "control"
-    return "mango" if runs.runs[name][0].config.optimizer == "mango" else "peer"
+    config = runs.runs[name][0].config
+    return "mole" if config.mole is not None else "mango" if config.optimizer == "mango" else "peer"
 
 
 def state(runs: RunSet, name: str) -> float:
@@ -56,15 +72,31 @@ def state(runs: RunSet, name: str) -> float:
     return float(np.mean([run.memory.optimizer_state / run.parameters.total for run in runs.runs[name]]))
 
 
+def kept(runs: RunSet, name: str) -> float:
+    """Bytes that autograd kept for the backward pass."""
+    return float(np.mean([run.memory.saved_activations for run in runs.runs[name]]))
+
+
 def ordered(runs: RunSet) -> list[str]:
-    """Dense and frozen, then the peers and then Mango's variants, each by falling state."""
-    place = {"control": 0, "peer": 1, "mango": 2}
-    return sorted(runs.runs, key=lambda name: (place[group(runs, name)], runs.runs[name][0].config.freeze, -state(runs, name), name))
+    """Dense and frozen, then the peers, Mango's variants and converted models, each by falling state, or by falling bytes kept."""
+    place = {"control": 0, "peer": 1, "mango": 2, "mole": 3}
+
+    def key(name: str) -> tuple[Any, ...]:
+        size = kept(runs, name) if group(runs, name) == "mole" else state(runs, name)
+        return place[group(runs, name)], runs.runs[name][0].config.freeze, -size, name
+
+    return sorted(runs.runs, key=key)
 
 
 def headline(runs: RunSet) -> str | None:
-    """The variant the text speaks of, chosen by settings and never by results: complete Mango, the largest relative rank up to 1/8, the
-    fewest settings that differ from the defaults."""
+    """The variant the text speaks of, chosen by settings and never by results. Where layers are converted: the library's default store
+    under the dense control's optimizer. Elsewhere: complete Mango, the largest relative rank up to 1/8, the fewest settings that differ
+    from the defaults."""
+    dense, _ = controls(runs)
+    for name in sorted(runs.runs) if dense else []:
+        config, plain = runs.runs[name][0].config, runs.runs[dense][0].config
+        if config.mole is not None and dials(config.mole) == dials({}) and config.optimizer == plain.optimizer:
+            return name
     found = []
     for name in runs.runs:
         settings = plan(runs, name)
@@ -115,6 +147,7 @@ def table(runs: RunSet) -> pd.DataFrame:
             "recovered": share(runs, name).value,
             "recovered_std": share(runs, name).std,
             "state": state(runs, name),
+            "kept": kept(runs, name) / kept(runs, controls(runs)[0] or name),
             "throughput": float(np.mean([run.throughput.value for run in records])),
         }
     return pd.DataFrame.from_dict(rows, orient="index").astype(object).where(lambda frame: frame.notna(), None)

@@ -28,7 +28,7 @@ def options_text(options: Mapping[str, Any]) -> str:
 def ablates(runs: RunSet, name: str) -> str | None:
     """What sets a variant apart from the headline's, when it is exactly one dial of the plan."""
     reference = headline(runs)
-    if reference is None or group(runs, name) != "mango" or name == reference:
+    if reference is None or group(runs, name) != "mango" or group(runs, reference) != "mango" or name == reference:
         return None
     ours, theirs = plan(runs, name), plan(runs, reference)
     changed = [field for field in {**ours, **theirs} if ours.get(field) != theirs.get(field)]
@@ -105,6 +105,7 @@ def report(runs: RunSet, prefix: str, numbers: Numbers) -> None:
         add(f"{name}.seeds", row["seeds"], "d")
         add(f"{name}.throughput", row["throughput"], ",.0f")
         add(f"{name}.state", row["state"], ".3f")
+        add(f"{name}.kept", row["kept"], ".1%")
         for key, format in ((metric(runs), METRICS[metric(runs)][1]), ("loss", ".3f"), ("recovered", ".3f")):
             add(f"{name}.{key}", row[key], format)
             add(f"{name}.{key}_std", row[f"{key}_std"], format)

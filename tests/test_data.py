@@ -372,7 +372,7 @@ def test_a_local_text_is_checked_unpacked_once_and_split_in_order(tmp_path: Path
         "validation": 100,
     }
     assert len({data.load("text", train=size, sequence=16).identity()["fingerprint"] for size in (500, 501, 500)}) == 2
-    monkeypatch.setattr(text.English, "read", lambda self: pytest.fail("it is in the cache"))
+    monkeypatch.setattr(text.English, "parts", lambda self: pytest.fail("it is in the cache"))
     data.load("text", sequence=16)
     (unpacked,) = (tmp_path / "cache" / "text").glob("*.txt")
     part.splits["train"].zero_()
@@ -443,8 +443,8 @@ def test_evaluation_predicts_every_byte_but_the_first_once(size: int, sequence: 
 
 
 def test_the_task_metric_of_text_is_bits_per_byte_and_of_images_accuracy() -> None:
-    assert corpus(10, 2).scores(np.log(256), 0.3) == {"bits_per_byte": pytest.approx(8.0)}
-    assert data.load("digits", train=100, test=50).scores(1.0, 0.3) == {"accuracy": 0.3}
+    assert corpus(10, 2).scores("test", np.log(256), 0.3) == {"bits_per_byte": pytest.approx(8.0)}
+    assert data.load("digits", train=100, test=50).scores("test", 1.0, 0.3) == {"accuracy": 0.3}
 
 
 def test_the_embedded_text_is_pythons_documentation_in_english(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from mango import models, optim
 from mango.errors import ConfigError
 from mango.models.gpt import GPT, ROTARY_BASE, SOFTCAP, Attention, norm, positions, rotated
+from mango.models.sampling import generate
 
 
 def small(**changes: int) -> GPT:
@@ -82,6 +83,69 @@ def test_attention_is_its_formula() -> None:
     assert torch.allclose(found, attention.out(expected.flatten(1)), atol=1e-6)
 
 
+def test_grouped_queries_share_keys_and_values() -> None:
+    """Two queries to a key: as if each key and value head were there twice."""
+    torch.manual_seed(0)
+    grouped, plain = Attention(32, 4, 2), Attention(32, 4)
+    plain.load_state_dict(grouped.state_dict() | {f"{name}.weight": twice(getattr(grouped, name).weight) for name in ("key", "value")})
+    x, (cosine, sine) = torch.randn(2, 9, 32), positions(9, 8, torch.zeros(1))
+    assert torch.allclose(grouped(x, cosine, sine), plain(x, cosine, sine), atol=1e-6)
+
+
+def twice(weight: torch.Tensor) -> torch.Tensor:  # (2 * 8, n) -> (4 * 8, n), each head of 8 rows followed by its copy
+    return weight.unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 7, 12])
+def test_depth_is_the_one_dial(depth: int) -> None:
+    with torch.device("meta"):
+        model = GPT(100, depth=depth)
+    assert model.embedding.weight.shape == (100, 64 * depth) and len(model.blocks) == depth
+    assert model.channels >= min(128, 64 * depth) and 64 * depth % (2 * model.channels) in (0, model.channels)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_a_pass_with_kept_keys_is_the_pass_without(kv_heads: int) -> None:
+    """Whatever the pieces in which the tokens come."""
+    model = awake(kv_heads=kv_heads)
+    tokens = torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(0))
+    whole = model(tokens)
+    for pieces in ([24], [1] * 24, [7, 1, 9, 1, 6]):
+        past = model.past(24)
+        found = torch.cat([model(part, past) for part in tokens.split(pieces, dim=1)], dim=1)
+        assert torch.allclose(found, whole, atol=1e-5)
+    with pytest.raises(ConfigError, match="capacity = 24 is not legal: at least the 25 tokens"):
+        model(tokens[:, :1], past)
+
+
+def test_sampling_is_what_passes_without_kept_keys_would_draw() -> None:
+    model = awake()
+    prompt = torch.randint(50, (2, 5), generator=torch.Generator().manual_seed(0))
+    tokens, generator = prompt, torch.Generator().manual_seed(3)
+    for _ in range(12):
+        logits = model(tokens)[:, -1]
+        weak = logits < logits.sort(descending=True).values[:, 7:8]  # all but the eight likeliest
+        tokens = torch.cat((tokens, torch.multinomial((logits.masked_fill(weak, -math.inf) / 0.8).softmax(-1), 1, generator=generator)), 1)
+    assert torch.equal(generate(model, prompt, 12, temperature=0.8, top_k=8, seed=3), tokens)
+    assert not torch.equal(generate(model, prompt, 12, temperature=0.8, top_k=8, seed=4), tokens)
+    likeliest = generate(model, prompt, 4, temperature=0.0)
+    assert torch.equal(generate(model, prompt, 4, top_k=1, seed=9), likeliest)
+    assert torch.equal(likeliest[:, 5], model(prompt)[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompt": torch.zeros(1, 0, dtype=torch.long)}, r"prompt = \(1, 0\) is not legal"),
+        ({"temperature": -1.0}, r"temperature = -1\.0 is not legal: a number >= 0"),
+        ({"top_k": 0}, r"top_k = 0 is not legal: an integer >= 1, or None"),
+    ],
+)
+def test_bad_requests_for_samples_are_named(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        generate(small(), **{"prompt": torch.zeros(1, 1, dtype=torch.long), "count": 1, **options})  # type: ignore[arg-type]
+
+
 @given(shift=st.integers(0, 15), seed=st.integers(0, 1000))
 def test_rotary_products_depend_on_the_distance_alone(shift: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -138,6 +202,8 @@ def test_it_learns_a_rule_that_needs_attention() -> None:
         ({"width": 30}, r"model\.width = 30 is not legal: a multiple of 8"),
         ({"depth": 0}, r"model\.depth = 0 is not legal"),
         ({"heads": 0}, r"model\.heads = 0 is not legal"),
+        ({"kv_heads": 3}, r"model\.kv_heads = 3 is not legal: a divisor of model\.heads = 4"),
+        ({"kv_heads": 0}, r"model\.kv_heads = 0 is not legal"),
         ({"vocabulary": 0}, r"model\.vocabulary = 0 is not legal"),
     ],
 )

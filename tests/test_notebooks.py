@@ -22,6 +22,7 @@ from mango.training.loop import train
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIER = "smoke"
+CODES: dict[str, object] = {"targets": "all", "exclude": ["head"]}
 SETTINGS = {
     "tier": TIER,
     "experiments": {
@@ -41,6 +42,44 @@ SETTINGS = {
                     "label": "Mango, no scouts",
                     "optimizer": "mango",
                     "options": {"lr": 3e-3, "plan": {"scouts": 0}},
+                    "seeds": [0],
+                },
+            },
+        },
+        "nanochat": {
+            "seeds": [0, 1],
+            "minutes": 1,
+            "data": {"name": "text", "source": "embedded", "train": 20_000, "test": 2000, "sequence": 32},
+            "model": {"name": "gpt", "depth": 1, "width": 64, "heads": 2, "ffn": 2},
+            "exclude": ["embedding", "head"],
+            "train": {"steps": 4, "batch": 8, "eval_every": 2, "log_every": 1, "sample": 8},
+            "controls": {"dense": "adamw", "frozen": "frozen"},
+            "variants": {
+                "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
+                "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                "recompute": {"label": "Recomputed", "optimizer": "adamw", "options": {"lr": 3e-3}, "recompute": True, "seeds": [0]},
+                "muon": {"label": "Muon", "optimizer": "muon", "options": {"lr": 3e-2}, "seeds": [0]},
+                "int2": {"label": "int2", "optimizer": "adamw", "options": {"lr": 3e-3}, "mole": {**CODES, "store": "int2"}, "seeds": [0]},
+                "an-int4": {"label": "int4", "optimizer": "adamw", "options": {"lr": 3e-3}, "mole": CODES},
+                "int4-muon": {
+                    "label": "int4, Muon",
+                    "optimizer": "muon",
+                    "options": {"lr": 3e-2},
+                    "mole": CODES,
+                    "seeds": [0],
+                },
+                "factored": {
+                    "label": "factored",
+                    "optimizer": "mole",
+                    "options": {"lr": 3e-3},
+                    "mole": {**CODES, "gradient": "factored", "rank": 0.25, "diagnostics_every": 2},
+                    "seeds": [0],
+                },
+                "sketch": {
+                    "label": "A Q",
+                    "optimizer": "adamw",
+                    "options": {"lr": 3e-3},
+                    "mole": {**CODES, "store": "sketch"},
                     "seeds": [0],
                 },
             },
@@ -68,12 +107,15 @@ SETTINGS = {
         },
     },
 }
-sys.path.insert(0, str(ROOT / "notebooks"))
+sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "workflow" / "scripts")]
 
 
 @functools.cache
 def tiny_results() -> Path:
-    """A results folder made by real, tiny runs: five variants on digits and on text, two seeds of the controls, and one theorem."""
+    """A results folder made by real, tiny runs: some variants of each experiment, two seeds of the controls, memory against context
+    length, and one theorem."""
+    import contexts
+
     from theory.__main__ import main
 
     results = Path(tempfile.mkdtemp(prefix="mango-tiny-")) / "results"
@@ -83,6 +125,8 @@ def tiny_results() -> Path:
         for variant in chosen.variants:
             for seed in chosen.seeds_of(variant):
                 train(config.resolve(tier, name, variant, seed), results / TIER / name / variant / str(seed))
+    options = ["--depth", "1", "--vocabulary", "256", "--lengths", "16", "32", "--steps", "2", "--cap", "0.004", "--limit", "64"]
+    assert contexts.main(["--tier", TIER, "--out", str(results / TIER), *options]) == 0
     assert main(["--only", "T3", "--out", str(results / TIER / "theory")]) == 0
     return results
 
@@ -184,6 +228,34 @@ def test_optimizer_notebook_reads_both_experiments() -> None:
     assert not any(key.startswith("cifar10.") for key in numbers), "those are the other notebook's"
 
 
+def test_molegrad_notebook_tells_converted_models_apart() -> None:
+    out = executed("04_molegrad")
+    for figure in ("recovered", "kept", "energy", "contexts", "curves"):
+        assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+        assert (out / f"{figure}.png").stat().st_size > 5000
+    numbers = {key: entry["value"] for key, entry in json.loads((out / "numbers.json").read_text()).items()}
+    records = {
+        name: json.loads((tiny_results() / TIER / "nanochat" / name / "0" / "run.json").read_text())
+        for name in ("adamw", "an-int4", "int2")
+    }
+    assert (numbers["nanochat.dense"], numbers["nanochat.frozen"]) == ("adamw", "frozen"), "by settings, whatever comes first by name"
+    assert numbers["nanochat.headline"] == "an-int4"
+    groups = {name: numbers[f"nanochat.{name}.group"] for name in numbers["nanochat.variants"]}
+    assert groups == {
+        **dict.fromkeys(("adamw", "frozen"), "control"),
+        **dict.fromkeys(("recompute", "muon"), "peer"),
+        **dict.fromkeys(("an-int4", "int2", "int4-muon", "factored", "sketch"), "mole"),
+    }
+    saved = {name: record["memory"]["saved_activations"] for name, record in records.items()}
+    assert (
+        numbers["nanochat.int2.kept"] == pytest.approx(saved["int2"] / saved["adamw"]) and saved["int2"] < saved["an-int4"] < saved["adamw"]
+    )
+    assert numbers["nanochat.energy.count"] == 2 * 6, "two periods, six matrices"
+    assert 0 < numbers["nanochat.energy.lowest"] <= numbers["nanochat.energy.median"] <= 1.0 + 1e-6
+    assert numbers["nanochat.contexts.measured"] is False
+    assert numbers["nanochat.contexts.int2.kept"] < numbers["nanochat.contexts.int4.kept"] < 1 == numbers["nanochat.contexts.dense.kept"]
+
+
 @pytest.mark.parametrize(("sign", "expected"), [(1.0, [(1, 2), (3, 5)]), (-1.0, [(1, -2), (2, -1)])])
 def test_the_front_holds_what_nothing_beats(sign: float, expected: list[tuple[float, float]]) -> None:
     import figures
@@ -215,8 +287,8 @@ def test_archived_runs_of_a_higher_tier_come_first(tmp_path: Path) -> None:
         (target / "run.json").write_text(json.dumps(record | {"tier": tier}))
     labels = [runs.label for runs in common.run_sets(results, TIER, "cifar10")]
     assert labels == ["archived gpu (rtx5090-2025-12)", "archived long (cpu-2-2026-03)", "archived long (cpu-2-2026-01)", "live smoke"]
-    with pytest.raises(FileNotFoundError, match="no run record of 'nanochat'"):
-        common.run_sets(results, TIER, "nanochat")
+    with pytest.raises(FileNotFoundError, match="no run record of 'another'"):
+        common.run_sets(results, TIER, "another")
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

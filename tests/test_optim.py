@@ -357,6 +357,18 @@ def test_muon_folds_convolutions_like_a_matrix() -> None:
     assert torch.equal(conv[0][1].flatten(1), flat[0][1])
 
 
+def test_muon_gives_parameters_of_the_rest_rates_of_their_own() -> None:
+    named = parameters()
+    optimizer = make("muon", named, rest_lr=0.5, rates={"bias": 0.25, "s": 0.125})
+    rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
+    assert {name: rates[id(param)] for name, param in named if name in ("small", "bias", "scale", "a")} == {
+        "a": 0.05,
+        "bias": 0.25,  # the first pattern that is found
+        "small": 0.125,
+        "scale": 0.125,
+    }
+
+
 def test_the_parameters_may_move_between_steps() -> None:
     named = parameters()
     optimizer = make("muon", named)
@@ -378,6 +390,7 @@ def test_the_parameters_may_move_between_steps() -> None:
         ("adamw", {"lr": -1.0}, r"options of adamw = .* is not legal: Invalid learning rate"),
         ("sgd", {"momentun": 0.9}, r"options of sgd = .* unexpected keyword argument 'momentun'"),
         ("muon", {"ranks": 3}, r"options of muon = .*'ranks'"),
+        ("muon", {"rates": {"head": 0.1}}, r"rates = 'head' is not legal: a regular expression found in the name of a parameter"),
         ("galore", {"rank": 100}, r"plan.rank = 100 is not legal: at most 64, the smaller dimension of a folded to 64 x 80"),
         ("mango", {"plan": {"rank": 0}}, r"plan.rank = 0 is not legal: an integer >= 1 or a fraction in \(0, 1\]"),
         ("mango", {"plan": {"ranks": 4}}, r"plan = 'ranks' is not legal: one of the fields rank, scouts"),

@@ -24,6 +24,7 @@ import paper_build  # noqa: E402
 import paper_claims  # noqa: E402
 import paper_experiments  # noqa: E402
 import paper_generate  # noqa: E402
+import paper_molegrad  # noqa: E402
 import paper_numbers  # noqa: E402
 import paper_plan  # noqa: E402
 import paper_theory  # noqa: E402
@@ -53,7 +54,7 @@ def source(path: Path) -> str:
 @functools.cache
 def generated() -> Path:
     """What paper_generate writes from the notebooks' real, tiny runs."""
-    for name in ("01_cifar10", "02_theory", "03_optimizer"):
+    for name in ("01_cifar10", "02_theory", "03_optimizer", "04_molegrad"):
         executed(name)
     for gpu in ("rtx4090", "rtx5090"):
         path = tiny_results() / TIER / "plan" / f"d1-{gpu}.json"
@@ -243,7 +244,7 @@ def altered(experiment: str = "cifar10", **changes: object) -> paper_experiments
     return paper_experiments.Sentences(paper_numbers.Numbers(values), experiment)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("experiment", paper_experiments.EXPERIMENTS)
+@pytest.mark.parametrize("experiment", PEER)
 def test_a_task_that_does_not_decide_supports_no_claim(experiment: str) -> None:
     generated()
     text = altered(experiment, gap_passes=False, gap_reason="four steps decide nothing", mango__recovered=None)
@@ -253,7 +254,7 @@ def test_a_task_that_does_not_decide_supports_no_claim(experiment: str) -> None:
     assert text.peers() == ""
 
 
-@pytest.mark.parametrize("experiment", paper_experiments.EXPERIMENTS)
+@pytest.mark.parametrize("experiment", PEER)
 def test_verdicts_follow_the_numbers(experiment: str) -> None:
     generated()
     aim = paper_experiments.EXPERIMENTS[experiment]
@@ -268,6 +269,36 @@ def test_verdicts_follow_the_numbers(experiment: str) -> None:
     assert "less by over two standard deviations" in altered(experiment).ablations()
     assert "within two standard deviations" in altered(experiment, ablation__recovered=0.94).ablations()
     assert "one seed, no verdict" in altered(experiment, mango__recovered_std=None).ablations()
+
+
+def converted(**changes: object) -> paper_molegrad.Mole:
+    """The tiny runs' numbers as if nanochat's task had decided, then the changes (``__`` stands for a dot, ``an_int4`` for its variant)."""
+    numbers = paper_numbers.Numbers.read(tiny_results() / TIER / "figures")
+    values = {key: dict(entry) for key, entry in numbers.values.items()}
+    names = [name for name in values["nanochat.variants"]["value"] if values[f"nanochat.{name}.group"]["value"] == "mole"]
+    judged: dict[str, object] = {"gap_passes": True, **{f"{name}.{field}": 0.96 for name in names for field in ("recovered", "own")}}
+    for key, value in (judged | {key.replace("__", ".").replace("an_int4", "an-int4"): value for key, value in changes.items()}).items():
+        values[f"nanochat.{key}"]["value"] = value
+    return paper_molegrad.Mole(paper_numbers.Numbers(values), "nanochat")
+
+
+def test_molegrads_verdicts_follow_the_numbers() -> None:
+    generated()
+    stores = converted().stores()
+    assert stores.count("missed") == 2 and stores.count("met") == 1, "int4 under two optimizers, int2 under one"
+    assert converted(an_int4__own=0.98).stores().count("missed") == 1
+    assert "without runs of its optimizer" in converted(an_int4__own=None).stores()
+    assert r"meets the \num{0.92} aimed at" in converted().factored()
+    assert "falls short of" in converted(factored__recovered=0.9).factored()
+    assert "A Q" in converted().factored() or r"\val{nanochat.sketch.label}" in converted().factored()
+    assert (
+        "within the" in converted(an_int4__bpb_ratio=-0.009).headline() and "outside the" in converted(an_int4__bpb_ratio=0.011).headline()
+    )
+    assert "no conclusion" in converted(an_int4__recovered=None).headline()
+    undecided = converted(gap_passes=False)
+    assert "without a verdict" in undecided.stores() and "without a verdict" in undecided.factored()
+    assert "no card was measured" in converted().contexts() and "device reserved" in converted(contexts__measured=True).contexts()
+    assert "not looked for" in converted(contexts__cap=None).longest()
 
 
 @pytest.mark.parametrize(

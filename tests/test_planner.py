@@ -365,7 +365,7 @@ def test_a_hugging_face_configuration_is_read(tmp_path: Path) -> None:
     [
         ({"model": "gpt5"}, "model = 'gpt5' is not legal: one of nanochat-d"),
         ({"model": "llama-8b"}, "model = 'llama-8b'"),
-        ({"model": "d0"}, "depth = 0"),
+        ({"model": "d0"}, "model.depth = 0"),
         ({"gpu": "rtx1"}, "gpu = 'rtx1' is not legal: one of rtx3090"),
         ({"seq": 0}, "seq = 0"),
         ({"batch": 0}, "batch = 0"),
@@ -413,4 +413,4 @@ def test_the_command_refuses_bad_input_in_one_line(more: list[str], capsys: pyte
 def test_nanochat_of_every_depth_has_its_width(depth: int) -> None:
     model = target(f"d{depth}").module
     assert model.embedding.weight.shape == (65536, 64 * depth) and len(model.blocks) == depth
-    assert 64 * depth % (2 * model.blocks[0].attention.heads) == 0
+    assert model.channels % 2 == 0 and 64 * depth % model.channels == 0

@@ -195,10 +195,15 @@ def test_yaml_reads_exponents_as_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "values"),
-    [("constant", [0.25, 1.0, 1.0, 1.0]), ("linear", [0.25, 1.0, 0.55, 0.145]), ("cosine", [0.25, 1.0, 0.55, 0.122150])],
+    [
+        ("constant", [0.25, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 1.0, 0.55, 0.145]),
+        ("cosine", [0.25, 1.0, 0.55, 0.122150]),
+        ("warmdown", [0.25, 1.0, 0.85, 0.175]),  # flat to step 12, then down over 12
+    ],
 )
 def test_the_schedule_has_its_closed_form(kind: str, values: list[float]) -> None:
-    found = [schedule.factor(step, 24, kind, warmup=4, floor=0.1) for step in (0, 4, 14, 23)]
+    found = [schedule.factor(step, 24, kind, warmup=4, floor=0.1, warmdown=0.5) for step in (0, 4, 14, 23)]
     if kind == "cosine":
         values[-1] = 0.1 + 0.9 * (1 + math.cos(math.pi * 19 / 20)) / 2
     assert found == pytest.approx(values, abs=1e-12)

@@ -14,7 +14,8 @@ SOURCES = ("auto", "local", "download", "embedded")
 NAMES = {
     "cifar10": "60 000 colour photographs of 10 classes, 32x32 (Krizhevsky 2009)",
     "digits": "1 797 handwritten digits of scikit-learn, enlarged to 32x32: the embedded stand-in for images",
-    "text": "English as bytes: news, addresses and WikiText-2; embedded stand-in: Python's documentation",
+    "text": "English: news, addresses and WikiText-2; embedded stand-in: Python's documentation",
+    "fineweb-edu": "web pages in parquet shards, column `text`; embedded stand-in: Python's documentation",
 }
 REGISTRY = Registry(
     "data.name",
@@ -22,6 +23,7 @@ REGISTRY = Registry(
         "cifar10": "mango.data.cifar10:find",
         "digits": "mango.data.embedded:find",
         "text": "mango.data.text:find",
+        "fineweb-edu": "mango.data.shards:find",
     },
 )
 
@@ -56,7 +58,7 @@ def load(
         train, test, validation: how many images or bytes of each, always the same ones; None = all. Validation is taken from what would
             be trained on. An embedded stand-in that holds less gives all it has.
         progress: called with the number of images decoded so far.
-        options: of this kind of data: ``augment`` for images, ``sequence`` for text.
+        options: of this kind of data: ``augment`` for images, ``sequence`` and ``vocabulary`` for text.
 
     Raises: ConfigError, DataError.
     """

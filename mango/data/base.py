@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,11 +47,25 @@ class Dataset(Protocol):
     def evaluation(self, split: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A split in order, each target once, in batches of at most ``size`` examples."""
 
-    def scores(self, loss: float, accuracy: float) -> dict[str, float]:
-        """The task's own metric, by its name in run records, from the mean loss (nats) and the share of targets predicted."""
+    def scores(self, split: str, loss: float, accuracy: float) -> dict[str, float]:
+        """The task's own metric on a split, by its name in run records, from the mean loss (nats) and the share of targets predicted."""
+
+    def files(self) -> dict[str, str]:
+        """Name -> content of what has to be kept with a run so that its model can be used: a tokenizer."""
 
     def identity(self) -> dict[str, str | int]:
         """What the run record says about the data."""
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """Data whose targets are text."""
+
+    def encode(self, text: str) -> Tensor:
+        """A text as inputs, (n,) int64."""
+
+    def decode(self, tokens: Tensor) -> str:
+        """The text that inputs (n,) stand for."""
 
 
 class Source(Protocol):

@@ -92,9 +92,12 @@ class ImageData:
         for start in range(0, len(data), size):
             yield self._normalised(data.images[start : start + size]), data.labels[start : start + size]
 
-    def scores(self, loss: float, accuracy: float) -> dict[str, float]:
+    def scores(self, split: str, loss: float, accuracy: float) -> dict[str, float]:
         """Accuracy."""
         return {"accuracy": accuracy}
+
+    def files(self) -> dict[str, str]:
+        return {}
 
     def identity(self) -> dict[str, str | int]:
         return identity_of(self, (split.fingerprint() for split in self.splits.values()))

@@ -32,10 +32,10 @@ class PythonDocs(TextSource):
             listing.update(f"{name}:{path.stat().st_size}\n".encode())
         return f"{platform.python_version()}-{listing.hexdigest()[:16]}"
 
-    def read(self) -> bytes:
+    def parts(self) -> Iterator[bytes]:
         documents = [(name, text) for name, path in self._files() for name, text in _documents(name, path)]
         documents.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())
-        return "\n\n".join(text for _, text in documents).encode(errors="replace") + b"\n"
+        yield "\n\n".join(text for _, text in documents).encode(errors="replace") + b"\n"
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         root = Path(sysconfig.get_path("stdlib"))

@@ -1,4 +1,4 @@
-"""Text as bytes for language models: one memory-mapped file; windows are counter-based, so that step k is always the same batch."""
+"""Text for language models: one memory-mapped file of bytes; windows are counter-based, so that step k is always the same batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from mango.data.base import Progress, derive, identity_of
 from mango.data.sources import cache_root, data_root, locked, verify
 from mango.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mango.data.tokens import TokenData
 
 VOCABULARY = 256
 TEST_SHARE = 20  # the last twentieth of the text is the test split
@@ -71,9 +75,20 @@ class TextData:
         if whole < len(inputs):
             yield inputs[None, whole:], targets[None, whole:]
 
-    def scores(self, loss: float, accuracy: float) -> dict[str, float]:
+    def scores(self, split: str, loss: float, accuracy: float) -> dict[str, float]:
         """Bits per byte."""
         return {"bits_per_byte": loss / math.log(2)}
+
+    def files(self) -> dict[str, str]:
+        return {}
+
+    def encode(self, text: str) -> Tensor:
+        """A text's bytes, (n,) int64."""
+        return torch.tensor(list(text.encode()))
+
+    def decode(self, tokens: Tensor) -> str:
+        """The text of bytes (n,); those that are no whole character become U+FFFD."""
+        return bytes(tokens.tolist()).decode(errors="replace")
 
     def identity(self) -> dict[str, str | int]:
         return identity_of(self, (hashlib.sha256(split.cpu().numpy().tobytes()).hexdigest() for split in self.splits.values()))
@@ -88,8 +103,8 @@ class TextSource(ABC):
     def key(self) -> str: ...
 
     @abstractmethod
-    def read(self) -> bytes:
-        """The whole text. Raises: DataError when it is damaged."""
+    def parts(self) -> Iterator[bytes]:
+        """The text in pieces that fit into memory. Raises: DataError when it is damaged."""
 
     def load(
         self,
@@ -100,13 +115,15 @@ class TextSource(ABC):
         validation: int = 0,
         progress: Progress | None = None,
         sequence: int = 128,
-    ) -> TextData:
+        vocabulary: int | None = None,
+    ) -> TextData | TokenData:
         """The splits, which lie in the text in the order train, validation, test.
 
         Args:
             train, test, validation: bytes of each; None = all: the last twentieth for test, all before it and the validation bytes for
                 train. Fewer test bytes are the first of that twentieth, fewer training bytes the last before validation.
-            sequence: bytes in a window.
+            sequence: bytes or tokens in a window.
+            vocabulary: tokens of a byte-pair encoding trained on the training split; None = the bytes themselves.
 
         Raises: ConfigError when more is asked for than there is, or a split is shorter than a window.
         """
@@ -127,19 +144,28 @@ class TextSource(ABC):
         for split, part in splits.items():
             if len(part) <= sequence:
                 raise ConfigError.of(f"data.{split}", len(part), f"more bytes than one window, data.sequence = {sequence}")
-        return TextData(name, self.title, used, splits, sequence)
+        found = TextData(name, self.title, used, splits, sequence)
+        if vocabulary is None:
+            return found
+        from mango.data.tokens import tokenized
+
+        return tokenized(found, self._name(), vocabulary)
+
+    def _name(self) -> str:
+        return f"{type(self).__name__.lower()}-{self.key()}"
 
     def _mapped(self) -> np.memmap:
         """The text as (n,) uint8, mapped copy-on-write: never read whole, never written."""
         folder = cache_root() / "text"
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{type(self).__name__.lower()}-{self.key()}"
+        name = self._name()
         target = folder / f"{name}.txt"
         if not target.is_file():
             with locked(folder / f"{name}.lock"):
                 if not target.is_file():
                     partial = folder / f"{name}.partial"
-                    partial.write_bytes(self.read())
+                    with partial.open("wb") as file:
+                        file.writelines(self.parts())
                     os.replace(partial, target)
         return np.memmap(target, np.uint8, "c")
 
@@ -154,9 +180,9 @@ class English(TextSource):
     def key(self) -> str:
         return verify(self.path, ARCHIVE_SHA256)[:16]
 
-    def read(self) -> bytes:
+    def parts(self) -> Iterator[bytes]:
         try:
-            return lzma.decompress(self.path.read_bytes())
+            yield lzma.decompress(self.path.read_bytes())
         except lzma.LZMAError as error:
             raise DataError(f"{self.path} is not a whole xz file: {error}") from error
 

@@ -16,7 +16,7 @@ from mango.optim.baselines import checked
 from mango.optim.chain import Chain, Part
 from mango.optim.mango import Mango
 from mango.optim.plan import LayerPlan
-from mango.optim.split import split
+from mango.optim.split import matching, split
 from mango.registry import Registry
 
 NAMES = ("adamw", "sgd", "adafactor", "muon", "adamw8bit", "pagedadamw8bit", "galore", "galore8bit", "adarankgrad", "mango", "mole")
@@ -41,4 +41,4 @@ def build(
     return checked(REGISTRY.load(name), name, *split(model_or_named, exclude), options)
 
 
-__all__ = ["REGISTRY", "Chain", "LayerPlan", "Mango", "Part", "build", "split", "state_nbytes"]
+__all__ = ["REGISTRY", "Chain", "LayerPlan", "Mango", "Part", "build", "matching", "split", "state_nbytes"]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -71,9 +72,14 @@ def muon(
     rest_lr: float = 1e-3,
     weight_decay: float = 0.0,
     rest_betas: tuple[float, float] = (0.9, 0.999),
+    rates: dict[str, float] | None = None,
     **options: Any,
 ) -> Chain:
-    """Muon (mango.optim.muon) for the matrices, convolutions folded; fused AdamW for the rest."""
+    """Muon (mango.optim.muon) for the matrices, convolutions folded; fused AdamW for the rest.
+
+    ``rates``: regular expression -> AdamW's rate for those of the rest in whose names it is found first, as nanochat gives embedding and
+    head rates of their own.
+    """
     return Chain(
         [
             Part(
@@ -83,10 +89,22 @@ def muon(
             ),
             Part(
                 lambda inner: torch.optim.AdamW(inner, lr=rest_lr, weight_decay=weight_decay, betas=rest_betas, fused=True),
-                [{"params": [param for _, param in rest]}],
+                _by_rate(rest, rest_lr, rates or {}),
             ),
         ]
     )
+
+
+def _by_rate(rest: Named, rest_lr: float, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """One group for each rate. Raises: ConfigError for a pattern that is found in no name."""
+    groups: list[dict[str, Any]] = [{"params": [], "lr": rest_lr}, *({"params": [], "lr": rate} for rate in rates.values())]
+    for name, param in rest:
+        found = (number for number, pattern in enumerate(rates, 1) if re.search(pattern, name))
+        groups[next(found, 0)]["params"].append(param)
+    for pattern, group in zip(rates, groups[1:], strict=True):
+        if not group["params"]:
+            raise ConfigError.of("rates", pattern, "a regular expression found in the name of a parameter that Muon leaves to AdamW")
+    return [group for group in groups if group["params"]]
 
 
 def pagedadamw8bit(

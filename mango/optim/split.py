@@ -1,4 +1,4 @@
-"""Which parameters are matrices under test: the one rule that methods, controls and reports share."""
+"""Which parameters are matrices that methods treat by their rule: the one choice that methods, controls and reports share."""
 
 from __future__ import annotations
 
@@ -22,20 +22,31 @@ def split(model_or_named: nn.Module | Iterable[tuple[str, Tensor]], exclude: Seq
     Raises:
         ConfigError: for a pattern that is not a regular expression, or that matches no parameter.
     """
-    named = list(model_or_named.named_parameters()) if isinstance(model_or_named, nn.Module) else list(model_or_named)
-    patterns = []
-    for pattern in exclude:
-        try:
-            patterns.append(re.compile(pattern))
-        except re.error as error:
-            raise ConfigError.of("exclude", pattern, f"a regular expression ({error})") from None
-        if not any(patterns[-1].search(name) for name, _ in named):
-            names = ", ".join(name for name, _ in named[:8])
-            raise ConfigError.of("exclude", pattern, f"a regular expression that is found in a parameter's name: {names}, …")
+    named: Named = list(model_or_named.named_parameters()) if isinstance(model_or_named, nn.Module) else list(model_or_named)
+    excluded = {name for name, _ in matching(named, exclude, "exclude")}
     matrices: Named = []
     rest: Named = []
     for name, param in named:
         if param.requires_grad:
-            under_test = is_matrix(param.shape) and not any(pattern.search(name) for pattern in patterns)
-            (matrices if under_test else rest).append((name, param))
+            matrix = is_matrix(param.shape) and name not in excluded
+            (matrices if matrix else rest).append((name, param))
     return matrices, rest
+
+
+def matching(named: Named, patterns: Sequence[str], field: str = "under_test") -> Named:
+    """The parameters in whose names one of the regular expressions is found.
+
+    Raises:
+        ConfigError: for a pattern that is not a regular expression, or that matches no parameter.
+    """
+    found = set()
+    for pattern in patterns:
+        try:
+            matched = {name for name, _ in named if re.search(pattern, name)}
+        except re.error as error:
+            raise ConfigError.of(field, pattern, f"a regular expression ({error})") from None
+        if not matched:
+            names = ", ".join(name for name, _ in named[:8])
+            raise ConfigError.of(field, pattern, f"a regular expression that is found in a parameter's name: {names}, …")
+        found |= matched
+    return [(name, param) for name, param in named if name in found]

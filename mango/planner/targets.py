@@ -94,12 +94,9 @@ def _on_meta() -> Iterator[None]:
 
 
 def _nanochat(depth: int) -> Target:
-    """Karpathy's nanochat by its depth: 64 channels a layer, heads of 128 (or the next size that divides), 65536 tokens, FFN of four."""
-    if depth < 1:
-        raise ConfigError.of("depth", depth, "an integer >= 1")
-    heads = max(count for count in range(1, max(1, depth // 2) + 1) if 32 * depth % count == 0)
+    """Karpathy's nanochat by its depth, with 65536 tokens."""
     with _on_meta():
-        module = GPT(65536, depth=depth, width=64 * depth, heads=heads)
+        module = GPT(65536, depth=depth)
 
     def loss(model: Callable[..., Any], batch: int, size: int, dtype: torch.dtype) -> Tensor:
         return nn.functional.cross_entropy(model(_tokens(batch, size)).flatten(0, 1), _tokens(batch, size).flatten())

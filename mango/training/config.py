@@ -32,7 +32,7 @@ class Strict(BaseModel):
 
 
 class Data(Strict):
-    """Which data, and how much of it: see ``mango.data.load``. Counts are images or bytes of text."""
+    """Which data, and how much of it: see ``mango.data.load``. Counts are images or bytes of text, whatever its tokens."""
 
     source: Literal["auto", "local", "download", "embedded"] = "auto"
     train: Positive | None = Field(None, description="for training; null = all")
@@ -53,10 +53,11 @@ class Images(Data):
 
 
 class Text(Data):
-    """Text as bytes."""
+    """Text as bytes or tokens."""
 
-    name: Literal["text"]
-    sequence: Positive = Field(128, description="bytes in a window")
+    name: Literal["text", "fineweb-edu"]
+    sequence: Positive = Field(128, description="bytes or tokens in a window")
+    vocabulary: Positive | None = Field(None, description="tokens of a byte-pair encoding, trained on the training split; null = bytes")
 
 
 class ResNet(Strict):
@@ -75,12 +76,13 @@ class ResNet18(Strict):
 
 
 class GPT(Strict):
-    """A small GPT of nanochat's shape: see ``mango.models.gpt``. The vocabulary is the data's."""
+    """A GPT of nanochat's shape: see ``mango.models.gpt``. The vocabulary is the data's."""
 
     name: Literal["gpt"]
-    depth: Positive = 3
-    width: Positive = 128
-    heads: Positive = 4
+    depth: Positive = Field(3, description="blocks; the sizes that are null follow from it")
+    width: Positive | None = Field(None, description="null = 64 for each block")
+    heads: Positive | None = Field(None, description="null = heads of 128 channels, where these divide the width")
+    kv_heads: Positive | None = Field(None, description="heads of keys and values; null = as many as heads")
     ffn: Positive = Field(4, description="hidden channels of the feed-forward part, as a multiple of the width")
 
 
@@ -101,13 +103,17 @@ class Train(Strict):
     checkpoint_seconds: Annotated[float, Field(gt=0)] = Field(
         60.0, description="a checkpoint is also written when the last one is this old"
     )
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "warmdown"] = "cosine"
     warmup: Count = Field(0, description="steps of linear warm-up")
+    warmdown: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.4, description="share of the steps in which schedule warmdown goes down to the floor"
+    )
     floor: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="the schedule ends at this share of the learning rate")
     clip: Annotated[float, Field(gt=0)] | None = Field(None, description="largest global gradient norm; null = no clipping")
     autocast: Literal["bf16"] | None = None
     channels_last: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    sample: Count = Field(0, description="bytes or tokens that a trained language model writes into its record")
     threads: Positive = Field(1, description="CPU threads; part of the configuration because sums depend on it")
 
     @model_validator(mode="after")
@@ -118,12 +124,14 @@ class Train(Strict):
 
 
 class Variant(Strict):
-    """One method: an optimizer of ``mango.optim.REGISTRY`` and its options."""
+    """One method: an optimizer of ``mango.optim.REGISTRY`` and its options, and how its gradients come about."""
 
     label: str | None = Field(None, description="name in tables and figures; null = the variant's key")
     optimizer: str
     options: dict[str, Any] = {}
     freeze: bool = Field(False, description="the layers under test do not train")
+    mole: dict[str, Any] | None = Field(None, description="fields of mango.mole.MoleConfig, for the layers that it converts; null = none")
+    recompute: bool = Field(False, description="activation checkpointing: keep each block's input alone and compute the block again")
     seeds: Annotated[list[Count], Field(min_length=1)] | None = Field(None, description="null = the experiment's; fewer for an ablation")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="the values that were tried for each option when it was tuned"
@@ -145,6 +153,11 @@ class Task(Strict):
     train: Train
     exclude: list[str] = Field(
         [], description="regular expressions: parameters whose names match are not under test (embeddings, heads); see mango.optim.split"
+    )
+    under_test: list[str] = Field(
+        [],
+        description="regular expressions: of the matrices that are left, those under test; the others train alike in all variants, as "
+        "the optimizer does it. Empty = all",
     )
 
     @model_validator(mode="after")
@@ -183,11 +196,24 @@ class Theory(Strict):
     theorems: list[str] | None = Field(None, description="null = all")
 
 
+class Contexts(Strict):
+    """Memory against context length, measured apart from training: see workflow/scripts/contexts.py."""
+
+    depth: Positive
+    vocabulary: Annotated[int, Field(ge=256)] = Field(65536, description="that embedding and head are sized for")
+    lengths: Annotated[list[Positive], Field(min_length=1)] = Field(description="tokens")
+    batch: Positive = 1
+    steps: Annotated[int, Field(ge=2)] = Field(6, description="at each length; the first is not timed")
+    cap: Annotated[float, Field(gt=0)] = Field(description="GiB that the longest context may take")
+    limit: Positive = Field(1 << 18, description="the longest context that is tried")
+
+
 class TierConfig(Strict):
     """A whole tier: workflow/config/<tier>.yaml."""
 
     tier: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     theory: Theory = Field(default_factory=lambda: Theory(theorems=None))
+    contexts: Contexts | None = None
     wandb: bool = Field(False, description="also log to Weights & Biases, offline unless WANDB_MODE says otherwise")
     experiments: Annotated[dict[str, Experiment], Field(min_length=1)]
 
@@ -198,6 +224,16 @@ class RunConfig(Task):
     optimizer: str
     options: dict[str, Any] = {}
     freeze: bool = False
+    mole: dict[str, Any] | None = None
+    recompute: bool = False
+
+    @model_validator(mode="after")
+    def _only_language_models_recompute(self) -> Self:
+        if not isinstance(self.model, GPT):
+            for field, value in (("recompute", self.recompute), ("train.sample", self.train.sample)):
+                if value:
+                    raise ValueError(f"{field} = {value!r} is not legal: model.name = gpt alone has it")
+        return self
 
     @model_validator(mode="after")
     def _exclude_is_the_tasks(self) -> Self:
@@ -248,7 +284,7 @@ def resolve(tier: TierConfig, experiment: str, variant: str, seed: int, override
         raise ConfigError.of("variant", variant, f"one of {', '.join(sorted(chosen.variants))} (experiment {experiment})")
     method = chosen.variants[variant]
     config: dict[str, Any] = chosen.model_dump(include=set(Task.model_fields)) | method.model_dump(
-        include={"optimizer", "options", "freeze"}
+        include={"optimizer", "options", "freeze", "mole", "recompute"}
     )
     for override in overrides or []:
         _set(config, override)
@@ -280,7 +316,7 @@ def _set(config: dict[str, Any], override: str) -> None:
     place = config
     for depth, name in enumerate(parents):
         inner = place.get(name)
-        if inner is None and parents[0] == "options":  # an option that the file leaves out
+        if inner is None and parents[0] in ("options", "mole"):  # a part that the file leaves out
             inner = place[name] = {}
         if not isinstance(inner, dict):
             sections = [key for key, below in place.items() if isinstance(below, dict)]

@@ -17,15 +17,18 @@ from torch.nn import functional
 
 from mango import data as datasets
 from mango import models, optim
+from mango.data.base import Readable
 from mango.errors import ConfigError, NonFinite
+from mango.registry import Registry
 from mango.telemetry import MemoryLedger, PowerSampler, RunLog, wandb
 from mango.telemetry.memory import rss_peak
-from mango.training import checkpoint, record, schedule, summary
+from mango.training import atomic, checkpoint, record, schedule, summary
 from mango.training.config import RunSpec
 from mango.training.record import RunRecord
 from mango.training.session import CHECKPOINT, METRICS, MODEL, RECORD, Interrupted, Stop, choose_device, deterministic, open_folder, threads
 from mango.training.summary import Counters, plan_of
 
+CONVERSIONS = Registry("conversion", {"mole": "mango.training.mole:MoleRun"})  # by name: runs without it do not depend on its code
 Progress = Callable[[str, int, int], None]  # what is done ("images decoded", "steps"), how many so far, of how many (0 = unknown)
 
 
@@ -36,6 +39,17 @@ class Observable(Protocol):
     def observe(self, on: bool = True) -> None: ...
 
     def diagnostics(self) -> dict[str, dict[str, float]]: ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A language model, such as ``mango.models.gpt.GPT``."""
+
+    recompute: bool
+
+    def write(self, prompt: Tensor, count: int, temperature: float, *, seed: int) -> Tensor: ...
+
+    def eval(self) -> object: ...
 
 
 def train(run: RunSpec, out: str | Path, *, resume: bool = False, force: bool = False, progress: Progress | None = None) -> RunRecord:
@@ -89,10 +103,15 @@ class _Trainer:
         self.model: nn.Module = models.get(self.config.model.name, **self.data.model_arguments(), **options).to(self.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        under_test, _ = optim.split(self.model, self.config.exclude)
+        matrices, _ = optim.split(self.model, self.config.exclude)
+        under_test = optim.matching(matrices, self.config.under_test) if self.config.under_test else matrices
         self.under_test = sum(parameter.numel() for _, parameter in under_test)
         for _, parameter in under_test if self.config.freeze else ():
             parameter.requires_grad_(False)
+        fields = self.config.mole
+        self.mole = None if fields is None else CONVERSIONS.get("mole", model=self.model, fields=fields, write=self._write_mole)
+        if isinstance(self.model, Writer):
+            self.model.recompute = self.config.recompute
         self.optimizer = optim.build(self.config.optimizer, self.model, exclude=self.config.exclude, **self.config.options)
         self.observable = self.optimizer if isinstance(self.optimizer, Observable) else None
         for group in self.optimizer.param_groups:
@@ -141,16 +160,16 @@ class _Trainer:
         """One optimizer step; counts it only when it is whole."""
         settings, counters = self.config.train, self.counters
         begin = time.perf_counter()
-        lr_factor = schedule.factor(counters.step, settings.steps, settings.schedule, settings.warmup, settings.floor)
+        lr_factor = schedule.factor(counters.step, settings.steps, settings.schedule, settings.warmup, settings.floor, settings.warmdown)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         inputs, targets = self.data.batch(counters.step, settings.batch, self.spec.seed)
         self.model.train()
         first = counters.step == 0
-        with self.ledger.activations() if first else nullcontext():
-            loss, logits = self._loss(inputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with self.ledger.activations() if first else nullcontext():  # the backward pass too: blocks that are computed again save again
+            loss, logits = self._loss(inputs, targets)
+            loss.backward()
         if first:
             counters.gradients, counters.saved_activations = self.ledger.gradients(), self.ledger.saved_activations
         if settings.clip is not None:
@@ -204,7 +223,7 @@ class _Trainer:
     def _log_training(self) -> None:
         counters = self.counters
         counters.train_loss = math.fsum(counters.losses) / len(counters.losses)
-        self._write("train", counters.train_loss, self.data.scores(counters.train_loss, counters.correct / counters.seen))
+        self._write("train", counters.train_loss, self.data.scores("train", counters.train_loss, counters.correct / counters.seen))
         counters.losses, counters.correct, counters.seen = [], 0, 0
 
     @torch.no_grad()
@@ -220,7 +239,7 @@ class _Trainer:
         loss_value = total / seen
         if not math.isfinite(loss_value):
             raise self._non_finite(f"the {split} loss is {loss_value}", self.counters.step)
-        found = self.data.scores(loss_value, correct / seen)
+        found = self.data.scores(split, loss_value, correct / seen)
         self._write(split, loss_value, found)
         scores: dict[str, float | None] = {
             "step": self.counters.step,
@@ -239,6 +258,10 @@ class _Trainer:
         if self.sink is not None:
             shown = {f"{split}/{key}": value for key, value in {"loss": loss, **scores}.items()}
             self.sink.log(shown | {"lr": lr}, step=self.counters.step)
+
+    def _write_mole(self, row: dict[str, Any]) -> None:
+        """What a converted layer tells of its gradient: it counts passes, of which there is one a step."""
+        self.log.write({"step": row["step"], "split": "mole", **{key: value for key, value in row.items() if key != "step"}})
 
     def _non_finite(self, what: str, step: int) -> NonFinite:
         kept = self.out / CHECKPOINT
@@ -265,6 +288,7 @@ class _Trainer:
             "metrics": self.log.lines,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "mole": None if self.mole is None else self.mole.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -291,12 +315,23 @@ class _Trainer:
                 )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
+        if self.mole is not None:
+            self.mole.load_state_dict(content["mole"])
         torch.set_rng_state(content["rng"])
         if content["rng_device"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["rng_device"], self.device)
         self.counters = Counters(**content["counters"])
         self.counters.resumed.append(self.counters.step)
         return content["metrics"]
+
+    def _sample(self) -> str | None:
+        """What the trained model writes of its own, from the start of a line."""
+        count = self.config.train.sample
+        if not count or not isinstance(self.model, Writer) or not isinstance(self.data, Readable):
+            return None
+        self.model.eval()
+        start = self.data.encode("\n").to(self.device)[None]
+        return self.data.decode(self.model.write(start, count, temperature=0.8, seed=self.spec.seed)[0, start.shape[1] :].cpu())
 
     def _finish(self) -> RunRecord:
         """Write the final weights, then the record (its presence means: complete), then drop the checkpoint."""
@@ -310,7 +345,11 @@ class _Trainer:
             memory={"parameters": self.ledger.parameters(), "optimizer_state": optim.state_nbytes(self.optimizer)},
             parameters={"total": sum(p.numel() for p in self.model.parameters()), "compressed": self.under_test},
             power=self.power,
+            mole=None if self.mole is None else self.mole.record(),
+            sample=self._sample(),
         )
+        for name, content in self.data.files().items():
+            atomic.write(self.out / name, lambda file, text=content: file.write(text.encode()))  # type: ignore[misc]
         checkpoint.save(self.out / MODEL, {"run": self._identity(), "step": counters.step, "model": self.model.state_dict()})
         record.save(self.out / RECORD, result)
         (self.out / CHECKPOINT).unlink(missing_ok=True)

@@ -111,6 +111,22 @@ class Contraction(Strict):
     drift: float | None = None
 
 
+class Mole(Strict):
+    """What ``mango.mole.convert`` did."""
+
+    converted: dict[str, str] = Field(description="module -> what it became")
+    skipped: dict[str, str] = Field(description="module that was left alone -> why")
+
+
+class Context(Strict):
+    """What one step takes at one context length."""
+
+    tokens: int
+    saved_activations: int | None = Field(description="bytes that autograd keeps for the backward pass; null when it ran out of memory")
+    peak: int | None = Field(description="bytes: what the device reserved; on a CPU the ledger's categories added up")
+    step_seconds: float | None
+
+
 class RunRecord(Strict):
     """One completed run."""
 
@@ -138,6 +154,11 @@ class RunRecord(Strict):
     energy: Energy
     plan: list[PlanStep] = Field(description="what is kept per layer, at each step where it changed; empty for methods without a plan")
     contraction: list[Contraction] = Field(description="at the evaluation steps; empty for methods that certify nothing")
+    mole: Mole | None = Field(None, description="null when no layer was converted")
+    contexts: list[Context] = Field([], description="measured at several context lengths, by workflow/scripts/contexts.py")
+    longest_context: int | None = Field(None, description="tokens that fit under the cap, to 1/16 of themselves; null when not looked for")
+    memory_cap: int | None = Field(None, description="bytes; null when the longest context was not looked for")
+    sample: str | None = Field(None, description="what the trained language model wrote; bytes that are no character are U+FFFD")
     status: Literal["completed"]
 
 

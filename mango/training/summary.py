@@ -57,6 +57,8 @@ def record_of(
     memory: dict[str, int],
     parameters: dict[str, int],
     power: PowerSampler,
+    mole: dict[str, Any] | None = None,
+    sample: str | None = None,
 ) -> RunRecord:
     """The validated record of a completed run.
 
@@ -65,6 +67,8 @@ def record_of(
         unit: of the throughput.
         memory: bytes of "parameters" and "optimizer_state".
         parameters: counts, "total" and "compressed".
+        mole: what was converted, see ``mango.training.record.Mole``.
+        sample: text that the trained model wrote.
     """
     allocated, reserved = device_peaks(device)
     measured = counters.joules is not None
@@ -104,6 +108,8 @@ def record_of(
         },
         "plan": counters.plan,
         "contraction": counters.contraction,
+        "mole": mole,
+        "sample": sample,
         "status": "completed",
     }
     return record.validated(RunRecord, content, "run record")

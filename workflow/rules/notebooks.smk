@@ -5,14 +5,16 @@ FIGURES = {
     "01_cifar10": ["curves", "pareto", "recovered", "contraction"],
     "02_theory": [],
     "03_optimizer": ["pareto", "curves", "recovered", "contraction"],
+    "04_molegrad": ["recovered", "kept", "energy", "contexts", "curves"],
 }
-# Notebook -> what it reads: experiments, or the theorems. It runs in the tiers that have all of it.
+# Notebook -> what it reads: experiments, the contexts, or the theorems. It runs in the tiers that have all of it.
 READS = {
     "01_cifar10": ("cifar10",),
     "02_theory": ("theory",),
     "03_optimizer": ("language", "cifar10"),
+    "04_molegrad": ("nanochat", "contexts"),
 }
-NOTEBOOKS = [name for name in FIGURES if {"theory", *TIER_CONFIG.experiments}.issuperset(READS[name])]
+NOTEBOOKS = [name for name in FIGURES if jobs.subjects(TIER_CONFIG).issuperset(READS[name])]
 
 for notebook in NOTEBOOKS:
 

@@ -14,11 +14,15 @@ from typing import Any
 
 import jsonschema
 from codehash import ROOT, digest
+from contexts import METHODS
 
 from mango import codecs, data, models, optim
 from mango.errors import ConfigError
+from mango.mole.config import MoleConfig
+from mango.mole.gradients import REGISTRY as GRADIENTS
 from mango.registry import Registry
 from mango.training.config import RunConfig, TierConfig, load, resolve
+from mango.training.loop import CONVERSIONS
 from theory import THEOREMS
 
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
@@ -107,13 +111,18 @@ def run_code(tier: TierConfig, experiment: str, variant: str) -> str:
 
 
 def run_modules(run: RunConfig) -> list[str]:
-    """The loop, and the registered parts that the settings name: data, model, optimizer, codecs of the plan (its defaults included)."""
+    """The loop, and the registered parts that the settings name: data, model, optimizer, codecs of the plan (its defaults included), and
+    what converted layers need."""
     optimizer = entry(optim.REGISTRY, run.optimizer)
     modules = [*TRAINING, entry(data.REGISTRY, run.data.name), entry(models.REGISTRY, run.model.name), optimizer]
     if "plan" in inspect.signature(optim.REGISTRY.load(run.optimizer)).parameters:
         plan = optim.LayerPlan.of(run.options.get("plan") or {})
         error = plan.error_codec if plan.error == "codec" else None
         modules += [entry(codecs.REGISTRY, name) for name in (plan.basis_codec, plan.factor_codec, plan.moment_codec, error) if name]
+    if run.mole is not None:
+        mole = MoleConfig.of(run.mole)
+        modules += [entry(CONVERSIONS, "mole"), entry(GRADIENTS, mole.gradient)]
+        modules += [entry(codecs.REGISTRY, name) for name in {mole.store, mole.derivative_store} if name in codecs.REGISTRY]
     return modules
 
 
@@ -163,11 +172,31 @@ def declared_modules(path: Path) -> list[str]:
     )
 
 
+def subjects(tier: TierConfig) -> set[str]:
+    """What the tier produces that notebooks read."""
+    return {"theory", *tier.experiments, *(["contexts"] if tier.contexts is not None else [])}
+
+
+def contexts_code() -> str:
+    """Hash of the code behind memory against context length."""
+    used = [entry(data.REGISTRY, "text"), entry(models.REGISTRY, "gpt"), entry(optim.REGISTRY, "adamw")]
+    made = [entry(GRADIENTS, "formed"), entry(codecs.REGISTRY, "int4"), entry(codecs.REGISTRY, "int2")]
+    return digest(["workflow/scripts/contexts.py", *used, *made])
+
+
+def contexts_arguments(tier: TierConfig) -> str:
+    """The command line of workflow/scripts/contexts.py for a tier that has contexts."""
+    options = tier.contexts.model_dump() if tier.contexts is not None else {}
+    words = [f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in options.items()]
+    return " ".join([f"--tier {tier.tier}", *words])
+
+
 def notebook_records(tier: TierConfig, subject: str) -> list[str]:
-    """What a notebook reads: the theorems' records, or an experiment's run records of this tier and of every archive."""
+    """What a notebook reads: the theorems' records, or run records of an experiment or of the contexts, this tier's and every archive's."""
     if subject == "theory":
         return [f"results/{tier.tier}/theory/{theorem}.json" for theorem in theorems(tier)]
-    live = [f"results/{tier.tier}/{subject}/{variant}/{seed}/run.json" for variant, seed in runs(tier, subject)]
+    made = [(method, 0) for method in METHODS] if subject == "contexts" else runs(tier, subject)
+    live = [f"results/{tier.tier}/{subject}/{variant}/{seed}/run.json" for variant, seed in made]
     return live + sorted(str(path.relative_to(ROOT)) for path in (ROOT / "results" / "archive").glob(f"*/**/{subject}/*/*/run.json"))
 
 

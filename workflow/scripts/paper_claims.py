@@ -11,6 +11,7 @@ from typing import Any
 
 import paper_plan
 from paper_experiments import EXPERIMENTS, Sentences, count
+from paper_molegrad import Mole
 from paper_numbers import Numbers
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -39,7 +40,7 @@ def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Rep
         "reproducibility.compute": compute(numbers, records),
     } | paper_plan.sentences(plans)
     for name in EXPERIMENTS:
-        found |= Sentences(numbers, name).all()
+        found |= (Mole if name == "nanochat" else Sentences)(numbers, name).all()
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
 
 
@@ -117,6 +118,14 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
             "plan/",
             None,
             r"to the byte against optimizers, within five percent against the ledger: \path{tests/test_planner.py}",
+        ),
+        Evidence(
+            r"\Cref{fig:nanochat.contexts}: memory against context length",
+            "contexts",
+            f"results/{tier}/contexts/*/0/run.json",
+            "contexts",
+            None,
+            r"\path{tests/test_contexts.py}",
         ),
         Evidence(
             r"\Cref{tab:theorems} and the figures of \cref{sec:theory}",

@@ -18,17 +18,20 @@ class Experiment:
         subject: in a few words.
         recovered: the aim set before any run: at least this share of the gap.
         state: in at most so many bytes of state per parameter; None where the aim does not say.
+        cost: the column of its table that says what a method keeps, and its head.
     """
 
     notebook: str
     subject: str
     recovered: float
     state: float | None
+    cost: tuple[str, str] = ("state", "state (B/param.)")
 
 
 EXPERIMENTS = {
     "cifar10": Experiment("01_cifar10", "images", 0.90, 1.1),
     "language": Experiment("03_optimizer", "language", 1.00, None),
+    "nanochat": Experiment("04_molegrad", "nanochat", 0.97, None, ("kept", r"kept (\%)")),
 }
 
 
@@ -87,7 +90,7 @@ class Sentences:
 
     def data(self) -> str:
         title = self.get("data")
-        if self.name == "language":
+        if self.get("metric") == "bits_per_byte":
             if "stand-in" in title:
                 return f"The text is {self.val('data')}: it stands in for a corpus, and nothing below is a statement about one."
             return rf"The text is {self.val('data')}; the test split is of~\citet{{merity2017wikitext}}."
@@ -198,7 +201,7 @@ class Sentences:
         return text + f"; of the single values {below} do, as they may, since the certificate bounds an expectation over the scouts."
 
     def scale(self) -> str:
-        unit = "bytes of text" if self.name == "language" else "images"
+        unit = "bytes of text" if self.get("metric") == "bits_per_byte" else "images"
         length = f"{self.val('parameters')} parameters for {self.val('steps')} steps"
         return f"The runs on {self.val('data')} train {length} on {self.val('train')} {unit}."
 

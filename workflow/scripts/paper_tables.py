@@ -34,8 +34,8 @@ def tables(
     experiments: dict[str, str] = {}
     for name in EXPERIMENTS:
         experiments |= {
-            name: comparison(numbers, name),
-            f"{name}_live": comparison(numbers, f"{name}.live"),
+            name: comparison(numbers, name, EXPERIMENTS[name].cost),
+            f"{name}_live": comparison(numbers, f"{name}.live", EXPERIMENTS[name].cost),
             f"{name}_settings": settings(numbers, name),
         }
     return experiments | {
@@ -48,8 +48,8 @@ def tables(
     }
 
 
-def comparison(numbers: Numbers, prefix: str) -> str:
-    """Controls, peers, then Mango's variants."""
+def comparison(numbers: Numbers, prefix: str, cost: tuple[str, str]) -> str:
+    """Controls, peers, then Mango's variants and converted models; ``cost``: the field that says what a method keeps, and its head."""
     rows: list[Sequence[str] | object] = []
     group = ""
     for variant in numbers[f"{prefix}.variants"]:
@@ -64,12 +64,12 @@ def comparison(numbers: Numbers, prefix: str) -> str:
                 plus_minus(numbers, f"{key}.{numbers[f'{prefix}.metric']}"),
                 plus_minus(numbers, f"{key}.loss"),
                 plus_minus(numbers, f"{key}.recovered"),
-                numbers.bare(f"{key}.state"),
+                numbers.bare(f"{key}.{cost[0]}"),
                 numbers.bare(f"{key}.throughput"),
             ]
         )
     unit = escape(numbers[f"{prefix}.throughput_unit"])
-    head = ["", "seeds", METRICS[numbers[f"{prefix}.metric"]], "test loss", "recovered gap", "state (B/param.)", unit]
+    head = ["", "seeds", METRICS[numbers[f"{prefix}.metric"]], "test loss", "recovered gap", cost[1], unit]
     return tabular("l r r r r r r", head, rows)
 
 
