@@ -52,7 +52,7 @@ class PowerSampler:
         self.first = self.last = self.gap = self.busy = 0.0
         self._wanted = source
         self._devices: list[float] = []  # joules of each device
-        self._now: list[float] = []  # watts of each device at the last good sample
+        self._now: list[float] = []  # what the source said of each device at the last good sample
         self._smooth: float | None = None
         self._times: list[float] = []  # of good samples, with the watts then and the joules until then, all devices together
         self._watts: list[float] = []
@@ -140,8 +140,8 @@ class PowerSampler:
         with self._reading:
             begin = time.monotonic()
             try:
-                watts = reader.watts()
-                if len(watts) != len(self._now or watts) or not all(map(math.isfinite, watts)):
+                values = reader.read()
+                if len(values) != len(self._now or values) or not all(map(math.isfinite, values)):
                     raise ValueError("not a finite number for each device")
             except OSError:
                 self.missed += 1
@@ -149,27 +149,26 @@ class PowerSampler:
             except ValueError:
                 self.malformed += 1
                 return
-            # a mean ends when it is read; a power was read somewhere in between
-            now = time.monotonic() if reader.mean else (begin + time.monotonic()) / 2
+            now = (begin + time.monotonic()) / 2  # it was read somewhere in between
             with self._lock:
-                self._add(now, watts, reader.mean)
+                self._add(now, values, reader.counts)
 
-    def _add(self, now: float, watts: list[float], mean: bool) -> None:
-        total, power = 0.0, sum(watts)
+    def _add(self, now: float, values: list[float], counts: bool) -> None:
+        total, power = 0.0, sum(values)
         if self.samples:
             seconds = now - self.last
             self.gap = max(self.gap, seconds)
-            each = [seconds * (b if mean else (a + b) / 2) for a, b in zip(self._now, watts, strict=True)]
+            each = values if counts else [seconds * (a + b) / 2 for a, b in zip(self._now, values, strict=True)]
             self._devices = [a + b for a, b in zip(self._devices, each, strict=True)]
             total = self._total[-1] + sum(each)
-            if mean:  # rectangles: the power has been the new one since the last sample
-                self._watts[-1] = power
+            if counts:  # the mean power since the last sample
+                power = self._watts[-1] = sum(each) / seconds
             keep = math.exp(-seconds / self.smoothing)
             self._smooth = power if self._smooth is None else keep * self._smooth + (1.0 - keep) * power
         else:
-            self.first, self._devices = now, [0.0] * len(watts)
-            self._smooth = None if mean else power  # a mean since an unknown time says nothing
-        self.last, self._now = now, watts
+            self.first, self._devices = now, [0.0] * len(values)
+            self._smooth = None if counts else power  # what a counter said before the first sample belongs to no span
+        self.last, self._now = now, values
         self.samples += 1
         for values, value in ((self._times, now), (self._watts, power), (self._total, total)):
             values.append(value)
@@ -184,5 +183,5 @@ class PowerSampler:
         t0, t1 = self._times[place : place + 2]
         w0, e0, e1 = self._watts[place], self._total[place], self._total[place + 1]
         share = (moment - t0) / (t1 - t0)
-        # a parabola from (t0, e0) with slope w0 to (t1, e1); for a source of means slope and secant are equal
+        # a parabola from (t0, e0) with slope w0 to (t1, e1); for a source that counts energy slope and secant are equal
         return e0 + share * (t1 - t0) * w0 + share**2 * (e1 - e0 - (t1 - t0) * w0)

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -20,13 +19,13 @@ class Reader(Protocol):
     """A power source.
 
     Attributes:
-        mean: whether ``watts`` is the mean since the last reading (integrated by rectangles) and not the power now (by trapezoids).
+        counts: whether ``read`` gives the joules since the last reading, and not the watts now.
     """
 
-    mean: bool
+    counts: bool
 
-    def watts(self) -> list[float]:
-        """Power of each device. Raises: OSError when nothing answers, ValueError when the answer is not a number for each device."""
+    def read(self) -> list[float]:
+        """One value for each device. Raises: OSError when nothing answers, ValueError when the answer is not a number for each device."""
 
     def close(self) -> None: ...
 
@@ -38,7 +37,7 @@ class Unavailable(Exception):
 class Nvml:
     """NVIDIA's management library, as nvidia-ml-py binds it."""
 
-    mean = False
+    counts = False
 
     def __init__(self) -> None:
         try:
@@ -49,13 +48,13 @@ class Nvml:
         try:
             pynvml.nvmlInit()
             self.boards = [pynvml.nvmlDeviceGetHandleByIndex(board) for board in range(pynvml.nvmlDeviceGetCount())]
-            self.watts()
+            self.read()
         except (pynvml.NVMLError, OSError) as error:
             raise Unavailable(str(error)) from error
         if not self.boards:
             raise Unavailable("the driver knows no board")
 
-    def watts(self) -> list[float]:
+    def read(self) -> list[float]:
         try:
             return [self.nvml.nvmlDeviceGetPowerUsage(board) / 1000 for board in self.boards]
         except self.nvml.NVMLError as error:
@@ -68,7 +67,7 @@ class Nvml:
 class NvidiaSmi:
     """The command line of NVIDIA's driver: one process a sample, as it has no other interface that can be told apart from a hang."""
 
-    mean = False
+    counts = False
 
     def __init__(self) -> None:
         program = shutil.which("nvidia-smi")
@@ -76,7 +75,7 @@ class NvidiaSmi:
             raise Unavailable("no such program on PATH")
         self.program = program
 
-    def watts(self) -> list[float]:
+    def read(self) -> list[float]:
         # Its own process group: a program that hangs is killed with its children, which would otherwise hold the pipe open.
         process = subprocess.Popen(
             [self.program, *QUERY], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
@@ -101,7 +100,7 @@ class NvidiaSmi:
 class Rapl:
     """Linux's counters of energy per CPU package, which wrap around."""
 
-    mean = True
+    counts = True
 
     def __init__(self) -> None:
         self.counters = [path / "energy_uj" for path in sorted(RAPL.glob("intel-rapl:*")) if path.name.count(":") == 1]
@@ -109,18 +108,16 @@ class Rapl:
             raise Unavailable(f"{RAPL} has no counters")
         try:
             self.ranges = [int((path.parent / "max_energy_range_uj").read_text()) for path in self.counters]
-            self.before = self._read()
+            self.before = self._counts()
         except OSError as error:
             raise Unavailable(f"{error.filename} is not readable") from error
 
-    def _read(self) -> tuple[float, list[int]]:
-        return time.monotonic(), [int(path.read_text()) for path in self.counters]
+    def _counts(self) -> list[int]:
+        return [int(path.read_text()) for path in self.counters]
 
-    def watts(self) -> list[float]:
-        (then, old), (now, new) = self.before, self._read()
-        self.before = now, new
-        seconds = max(now - then, 1e-9)
-        return [(b - a) % wrap * 1e-6 / seconds for a, b, wrap in zip(old, new, self.ranges, strict=True)]
+    def read(self) -> list[float]:
+        old, self.before = self.before, self._counts()
+        return [(new - then) % wrap * 1e-6 for then, new, wrap in zip(old, self.before, self.ranges, strict=True)]
 
     def close(self) -> None:
         pass

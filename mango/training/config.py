@@ -223,6 +223,9 @@ class RunSpec(Strict):
     label: str
     config: RunConfig
     wandb: bool = False
+    energy: Literal["record", "log", "require"] = Field(
+        "record", description="joules in the record where they can be measured; log: in every line of metrics.jsonl too; require: or fail"
+    )
 
 
 def load(path: str | Path) -> TierConfig:
@@ -233,7 +236,15 @@ def load(path: str | Path) -> TierConfig:
     return validated(TierConfig, read(Path(path)), str(path))
 
 
-def resolve(tier: TierConfig, experiment: str, variant: str, seed: int, overrides: list[str] | None = None, wandb: bool = False) -> RunSpec:
+def resolve(
+    tier: TierConfig,
+    experiment: str,
+    variant: str,
+    seed: int,
+    overrides: list[str] | None = None,
+    wandb: bool = False,
+    energy: str = "record",
+) -> RunSpec:
     """The run that ``mango train`` names.
 
     Args:
@@ -259,6 +270,7 @@ def resolve(tier: TierConfig, experiment: str, variant: str, seed: int, override
         "seed": seed,
         "label": method.label or variant,
         "wandb": wandb or tier.wandb,
+        "energy": energy,
     }
     run_config = validated(RunConfig, config, "--set" if overrides else f"experiments.{experiment}")
     return validated(RunSpec, spec | {"config": run_config}, "run")
