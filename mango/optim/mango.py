@@ -12,12 +12,13 @@ from torch import Tensor
 
 from mango.errors import ConfigError
 from mango.optim.adamw import adamw
+from mango.optim.convert import convert, moved
 from mango.optim.fused import FusedBackward
 from mango.optim.guard import Guard
 from mango.optim.layers import Hyper, LayerStack, Workspace
+from mango.optim.options import plan_of, validate
 from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
 
-MATMUL = ("auto", "float32", "bfloat16")
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
 
@@ -114,7 +115,7 @@ class Mango(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _validate(group)
+            validate(group)
             if group["plan"] is not None:
                 plan = LayerPlan.of(group["plan"])
                 group["plan"] = plan.plain()  # plain values, so that state_dict loads with weights_only=True
@@ -123,7 +124,7 @@ class Mango(torch.optim.Optimizer):
                 name = self._places[param].name
                 if not param.is_floating_point():
                     raise ConfigError.of(f"{name}.dtype", param.dtype, "a real floating point type")
-                if group["plan"] is not None and is_matrix(param.shape):
+                if self._places[param].plan is not None:
                     plan.columns(*matrix_shape(param.shape), name)
         except ConfigError:
             self.param_groups.pop()
@@ -141,8 +142,9 @@ class Mango(torch.optim.Optimizer):
     def _register(self, group: dict[str, Any]) -> None:
         number = next(number for number, other in enumerate(self.param_groups) if other is group)
         names = group.get("param_names") or [f"param_groups[{number}]['params'][{place}]" for place in range(len(group["params"]))]
-        for param, name in zip(group["params"], names, strict=True):
-            self._places[param] = _Place(group, name, len(self._places))
+        for place, (param, name) in enumerate(zip(group["params"], names, strict=True)):
+            plan = plan_of(group, place) if is_matrix(param.shape) else None
+            self._places[param] = _Place(group, name, len(self._places), plan)
 
     def _prepare(self) -> None:
         self._guard = Guard()
@@ -181,11 +183,11 @@ class Mango(torch.optim.Optimizer):
         for param, grad in zip(params, grads, strict=True):
             place = self._places[param]
             item = _Item(param, grad, place)
-            if place.group["plan"] is None or not is_matrix(param.shape):
+            if place.plan is None:
                 small.setdefault((id(place.group), param.device), []).append(item)
             else:
                 step = self.state[param].get("step", 0)
-                large.setdefault((id(place.group), param.shape, param.dtype, param.device, step), []).append(item)
+                large.setdefault((id(place.group), place.plan, param.shape, param.dtype, param.device, step), []).append(item)
         for items in small.values():
             self._step_small(items)
         for items in large.values():
@@ -246,7 +248,9 @@ class Mango(torch.optim.Optimizer):
         if stack is not None and stack.layers == each * len(items) and all(self._stacks.get(item.param) is stack for item in items):
             return stack
         shape = matrix_shape(first.shape)
-        stack = LayerStack(LayerPlan.of(items[0].place.group["plan"]), shape, each * len(items), first.device, items[0].place.name)
+        plan = items[0].place.plan
+        assert plan is not None
+        stack = LayerStack(plan, shape, each * len(items), first.device, items[0].place.name)
         for number, item in enumerate(items):
             state = self.state[item.param]
             if state:
@@ -256,24 +260,69 @@ class Mango(torch.optim.Optimizer):
         return stack
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved state, bit for bit. Raises: ConfigError when it does not fit the parameters or their plans."""
+        """Restore a saved state: bit for bit, plans that ``set_plan`` had changed included, where the groups ask for the plans that they
+        asked for when it was saved. Where a group's ``plan`` is another one now, its parameters' states are converted to it (see
+        ``mango.optim.convert`` for what that drops). Every other option is the saved one, as with any torch optimizer.
+
+        Raises: ConfigError when it does not fit the parameters or the plans that it was saved with, or holds no data (the meta device).
+        """
         # torch's own method would cast codes to the parameters' dtype
         saved = state_dict["state"]
+        if any("plan" not in group for group in state_dict["param_groups"]):
+            raise ConfigError.of("state_dict", "parameter groups without a plan", "a state that Mango saved")
+        asked: list[dict[str, Any]] = [{key: group[key] for key in ("plan", "plans") if key in group} for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
+        before = [place.plan for place in self._places.values()]
+        for group, own in zip(self.param_groups, asked, strict=True):
+            if plan_of(group) != plan_of(own):
+                group.pop("plans", None)
+                group.update(own)
+        self._prepare()
+        for group in self.param_groups:
+            self._register(group)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, (param, (group, name, _)) in zip(numbers, self._places.items(), strict=True):
-            if number not in saved:
-                continue
-            state = {key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value for key, value in saved[number].items()}
-            if group["plan"] is not None and is_matrix(param.shape):
-                each = matrix_count(param.shape)
-                stack = LayerStack(LayerPlan.of(group["plan"]), matrix_shape(param.shape), each, param.device, name)
-                stack.load(0, each, state, name)
-            else:
-                for key in ("exp_avg", "exp_avg_sq"):
-                    if key not in state or state[key].shape != param.shape:
-                        raise ConfigError.of(f"state of {name}, {key}", state.keys(), f"a tensor of shape {tuple(param.shape)}")
-            self.state[param] = state
+        for number, plan, (param, place) in zip(numbers, before, self._places.items(), strict=True):
+            if saved.get(number):
+                state = {key: moved(value, param.device, f"state of {place.name}, {key}") for key, value in saved[number].items()}
+                self.state[param] = self._converted(param, state, plan, place.plan)
+
+    def _converted(self, param: Tensor, state: dict[str, Any], old: LayerPlan | None, new: LayerPlan | None) -> dict[str, Any]:
+        place = self._places[param]
+        seed = (place.group["seed"], state["step"], place.number, matrix_count(param.shape))  # a step's last counter is below that
+        return convert(state, param.shape, old, new, param.device, seed, place.name)
+
+    def plans(self) -> dict[str, LayerPlan | None]:
+        """The plan in force of every parameter that is large enough for one, by name; None = plain AdamW."""
+        return {place.name: place.plan for param, place in self._places.items() if is_matrix(param.shape)}
+
+    @torch.no_grad()
+    def set_plan(self, which: str | Tensor, plan: LayerPlan | Mapping[str, Any] | None) -> None:
+        """Another plan for one matrix from the next step on. Its state is converted at once (see ``mango.optim.convert`` for what that
+        drops); a plan equal to the one in force changes nothing. ``state_dict`` keeps it.
+
+        Args:
+            which: the name, as in ``plans()``, or the parameter.
+            plan: a LayerPlan, a mapping of its fields, or None for plain AdamW.
+
+        Raises: ConfigError for a parameter that is not this optimizer's or too small for a plan, or a plan that does not fit it.
+        """
+        matrices = {place.name: param for param, place in self._places.items() if is_matrix(param.shape)}
+        param = matrices.get(which) if isinstance(which, str) else which
+        if param is None or param not in self._places or not is_matrix(param.shape):
+            shown = which if isinstance(which, str) else f"a tensor of shape {tuple(which.shape)}"
+            raise ConfigError.of("which", shown, "one of the matrices " + ", ".join(matrices))
+        place, new = self._places[param], None if plan is None else LayerPlan.of(plan)
+        if new is not None:
+            new.columns(*matrix_shape(param.shape), place.name)
+        if new == place.plan:
+            return
+        if self.state.get(param):
+            self.state[param] = self._converted(param, self.state[param], place.plan, new)
+        self._stacks.pop(param, None)
+        number = next(number for number, other in enumerate(place.group["params"]) if other is param)
+        plans = {key: value for key, value in place.group.get("plans", {}).items() if key != number}
+        place.group["plans"] = plans if new == plan_of(place.group) else plans | {number: None if new is None else new.plain()}
+        self._places[param] = place._replace(plan=new)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only: it loads with ``torch.load(weights_only=True)``."""
@@ -308,6 +357,7 @@ class _Place(NamedTuple):
     group: dict[str, Any]
     name: str
     number: int
+    plan: LayerPlan | None  # in force; None = plain AdamW
 
 
 @dataclass(slots=True)
@@ -327,19 +377,3 @@ class _Item:
 def as_matrices(tensor: Tensor) -> list[Tensor]:
     """Views of the matrices."""
     return list(tensor.detach().unbind(0)) if matrix_count(tensor.shape) > 1 else [tensor]
-
-
-def _validate(group: dict[str, Any]) -> None:
-    lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-    if not 0.0 <= float(lr) < float("inf"):
-        raise ConfigError.of("lr", lr, "a finite number >= 0")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ConfigError.of("betas", betas, "two numbers in [0, 1)")
-    if not 0.0 <= eps < float("inf"):
-        raise ConfigError.of("eps", eps, "a finite number >= 0")
-    if not 0.0 <= decay < float("inf"):
-        raise ConfigError.of("weight_decay", decay, "a finite number >= 0")
-    if group["matmul"] not in MATMUL:
-        raise ConfigError.of("matmul", group["matmul"], "one of " + ", ".join(MATMUL))
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or group["seed"] < 0:
-        raise ConfigError.of("seed", group["seed"], "an integer >= 0")

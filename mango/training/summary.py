@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mango.optim import Mango
 from mango.telemetry import PowerSampler
 from mango.telemetry.memory import device_peaks
 from mango.training import provenance, record
@@ -44,10 +45,8 @@ class Counters:
 
 def plan_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What the optimizer keeps per layer, from step 0 on; empty when it has no plans."""
-    layers: dict[str, dict[str, Any]] = {}
-    for group in optimizer.param_groups:
-        if group.get("plan") is not None:
-            layers |= {name: dict(group["plan"]) for name in group["param_names"]}
+    plans = optimizer.plans() if isinstance(optimizer, Mango) else {}
+    layers = {name: plan.plain() for name, plan in plans.items() if plan is not None}
     return [{"step": 0, "layers": layers}] if layers else []
 
 
