@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train one variant of one experiment with one seed",
-        description="Train one variant of one experiment with one seed; write run.json, metrics.jsonl, memory.csv and model.pt to a folder.",
+        description="Train one variant of one experiment with one seed; write run.json, metrics.jsonl, memory.csv, model.pt to a folder.",
         epilog="Example: mango train cifar10 --config workflow/config/smoke.yaml --variant adamw --out /tmp/run --set train.steps=20",
     )
     train.add_argument("experiment", help="a key of the file's experiments")
