@@ -193,7 +193,10 @@ def test_diagnostics(factor: str | None, expected: float, power: str) -> None:
         found = optimizer.diagnostics()
         assert set(found) == {"one", "two"}
         for values in found.values():
-            assert set(values) == {"certified", "measured", "energy", "drift", "error_ratio"}
+            assert set(values) == {"certified", "measured", "energy", "drift", "error_ratio", "norm", "cosine", "variance"}
+            assert values["norm"] == pytest.approx((64 * 96) ** 0.5, rel=0.1)
+            assert -1 <= values["cosine"] <= 1
+            assert 0.2 < values["variance"] <= 1, "independent gradients disagree"
             assert values["certified"] == pytest.approx(basis * expected)
             assert values["certified"] <= values["measured"] <= values["energy"] + 1e-5 <= 1 + 2e-5
             assert 0 <= values["drift"] <= 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from mango.optim.guard import Guard
 from mango.optim.layers import Hyper, LayerStack, Workspace
 from mango.optim.options import plan_of, validate
 from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
+
+if TYPE_CHECKING:
+    from mango.policy.base import Policy
+    from mango.policy.controller import Controller
 
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
@@ -61,6 +65,9 @@ class Mango(torch.optim.Optimizer):
         memory_budget: of ``nbytes()``, in bytes or as "24GiB", "0.5 bytes/param": the best plan for each matrix under it is chosen (see
             mango.policy.Budget) and takes the place of ``plan``, except in groups whose plan is None. Never exceeded. Parameters that do
             not require a gradient are left out.
+        policy: a name of mango.policy.REGISTRY or a Policy: it chooses every matrix's rank and bits anew, before the first step and after
+            each ``policy_every``-th, starting from ``plan``, and within ``memory_budget``. States are converted (see ``set_plan``).
+        policy_every: steps between two choices, at least 1.
         fuse_backward: step each parameter as soon as its gradient is complete, during ``backward``, and free the gradient: at its peak one
             layer's gradient is held. ``step()`` then ends the round (see mango.optim.fused for accumulation and clipping).
         max_norm: with ``fuse_backward``, clip gradients to this norm, as estimated from the rounds before.
@@ -94,20 +101,28 @@ class Mango(torch.optim.Optimizer):
         seed: int = 0,
         matmul: str = "auto",
         memory_budget: int | float | str | None = None,
+        policy: Policy | str | None = None,
+        policy_every: int = 50,
         fuse_backward: bool = False,
         max_norm: float | None = None,
     ) -> None:
         if max_norm is not None and not (fuse_backward and 0.0 < max_norm < float("inf")):
             raise ConfigError.of("max_norm", max_norm, "a number > 0 with fuse_backward=True; without it, torch.nn.utils.clip_grad_norm_")
         self._fused: FusedBackward | None = None
+        self._controller: Controller | None = None
         self._prepare()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plan": plan}
         defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul}
-        if memory_budget is not None:
+        if memory_budget is not None and policy is None:
             from mango.policy.budget import groups_for  # which counts bytes by this module's parts
 
             params = groups_for(params, memory_budget, plan, field="memory_budget")
         super().__init__(params, defaults)
+        if policy is not None:
+            from mango.policy import controller_for
+
+            self._controller = controller_for(policy, policy_every, memory_budget, self.shapes())
+            self._controller.adopt(self)
         if fuse_backward:
             self._fused = FusedBackward(self, max_norm)
 
@@ -131,10 +146,13 @@ class Mango(torch.optim.Optimizer):
             for param in group["params"]:
                 self._places.pop(param, None)
             raise
+        if self._controller is not None:
+            self._controller.adopt(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_fused", None)  # a copy has parameters of its own, without hooks
+        self.__dict__.setdefault("_controller", None)  # and nobody who changes its plans
         self._prepare()
         for group in self.param_groups:
             self._register(group)
@@ -165,7 +183,34 @@ class Mango(torch.optim.Optimizer):
         if self._fused is not None:
             self._fused.finish()
         self._advance([param for group in self.param_groups for param in group["params"] if param.grad is not None])
+        if self._controller is not None:
+            self._controller.stepped(self, self._steps())
         return loss
+
+    def _steps(self) -> int:
+        """Of the parameter that has been stepped most often."""
+        return max((state["step"] for state in self.state.values() if state), default=0)
+
+    def signal(self, **values: float) -> None:
+        """Tell the policy, if there is one, how the run goes: ``loss``, ``progress`` (0 to 1), ``seconds`` of a step, ``watts``.
+
+        What is never told, the policy knows as unknown. Times and power differ from run to run: tell them only where a run need not
+        repeat bit for bit.
+
+        Raises: ConfigError for another signal.
+        """
+        from mango.policy.controller import SIGNALS
+
+        for name in values:
+            if name not in SIGNALS:
+                raise ConfigError.of("signal", name, "one of " + ", ".join(SIGNALS))
+        if self._controller is not None:
+            self._controller.signals |= values
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy in charge."""
+        return None if self._controller is None else self._controller.policy
 
     def _advance(self, params: list[Tensor]) -> None:
         """Step these parameters, which have gradients."""
@@ -237,7 +282,8 @@ class Mango(torch.optim.Optimizer):
         workspace = self._workspaces.setdefault(device, Workspace(device))
         matrices = [part for item in items for part in as_matrices(item.param)]
         gradients = [part for item in items for part in as_matrices(item.grad)]
-        names = [name for item in items for name in item.names()] if self._observing else None
+        watching = self._observing or (self._controller is not None and self._controller.watching)
+        names = [name for item in items for name in item.names()] if watching else None
         self._diagnostics.update(stack.step(matrices, gradients, hyper, workspace, names))
 
     def _stack(self, items: list[_Item]) -> LayerStack:
@@ -285,6 +331,8 @@ class Mango(torch.optim.Optimizer):
             if saved.get(number):
                 state = {key: moved(value, param.device, f"state of {place.name}, {key}") for key, value in saved[number].items()}
                 self.state[param] = self._converted(param, state, plan, place.plan)
+        if self._controller is not None:
+            self._controller.watching = (self._steps() + 1) % self._controller.every == 0
 
     def _converted(self, param: Tensor, state: dict[str, Any], old: LayerPlan | None, new: LayerPlan | None) -> dict[str, Any]:
         place = self._places[param]
@@ -294,6 +342,14 @@ class Mango(torch.optim.Optimizer):
     def plans(self) -> dict[str, LayerPlan | None]:
         """The plan in force of every parameter that is large enough for one, by name; None = plain AdamW."""
         return {place.name: place.plan for param, place in self._places.items() if is_matrix(param.shape)}
+
+    def own_plans(self) -> dict[str, LayerPlan | None]:
+        """The plans that the groups ask for, whatever ``set_plan`` or a policy made of them."""
+        return {place.name: plan_of(place.group) for param, place in self._places.items() if is_matrix(param.shape)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by name."""
+        return {place.name: tuple(param.shape) for param, place in self._places.items()}
 
     @torch.no_grad()
     def set_plan(self, which: str | Tensor, plan: LayerPlan | Mapping[str, Any] | None) -> None:
@@ -346,7 +402,8 @@ class Mango(torch.optim.Optimizer):
 
         ``certified``: T3's contraction of the basis (times T4's of the factor codec) in expectation over the scouts;
         ``measured``: 1 - ‖H - C(H)‖²/‖H‖²; ``energy``: ‖PᵀH‖²/‖H‖²; ``drift``: mean cosine of the principal angles with the basis
-        before; ``error_ratio``: ‖E‖/‖G‖.
+        before; ``error_ratio``: ‖E‖/‖G‖; ``norm``: ‖G‖; ``cosine``: between momentum and gradient in the basis; ``variance``: 1 -
+        ‖M̂‖²/‖√V̂‖², near 1 where gradients disagree from step to step.
         """
         return dict(self._diagnostics)
 
