@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mango.errors import ConfigError
+from mango.optim.accounting import layer_nbytes
 from mango.optim.adamw import adamw
+from mango.optim.budgeted import StateBudget
 from mango.optim.convert import convert, moved
 from mango.optim.fused import FusedBackward
 from mango.optim.guard import Guard
@@ -19,6 +21,10 @@ from mango.optim.layers import Hyper, LayerStack, Workspace
 from mango.optim.options import plan_of, validate
 from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
 
+if TYPE_CHECKING:
+    from mango.telemetry import MemoryLedger
+
+ASKED = ("plan", "plans", "memory_budget")  # options of a group that loading a state leaves as they are, unless none of them was changed
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
 
@@ -59,8 +65,10 @@ class Mango(torch.optim.Optimizer):
         matmul: "float32", "bfloat16", or "auto": bfloat16 for matrices of at least 2^18 values where the processor has units for it
             (AVX512-BF16, AMX, CUDA from compute capability 8.0 on). Sums are in float32 and so is what is kept; a step differs by rounding.
         memory_budget: of ``nbytes()``, in bytes or as "24GiB", "0.5 bytes/param": the best plan for each matrix under it is chosen (see
-            mango.policy.Budget) and takes the place of ``plan``, except in groups whose plan is None. Never exceeded. Parameters that do
-            not require a gradient are left out.
+            mango.policy.Budget) and takes the place of ``plan``, except in groups whose plan is None. Never exceeded: parameters that are
+            unfrozen or added later make the others smaller.
+        ledger: with ``memory_budget``: the budget is of everything that this ledger counts (weights, gradients, saved activations) and the
+            state together. Where it has seen more activations than before, the next step starts by choosing plans anew.
         fuse_backward: step each parameter as soon as its gradient is complete, during ``backward``, and free the gradient: at its peak one
             layer's gradient is held. ``step()`` then ends the round (see mango.optim.fused for accumulation and clipping).
         max_norm: with ``fuse_backward``, clip gradients to this norm, as estimated from the rounds before.
@@ -94,22 +102,25 @@ class Mango(torch.optim.Optimizer):
         seed: int = 0,
         matmul: str = "auto",
         memory_budget: int | float | str | None = None,
+        ledger: MemoryLedger | None = None,
         fuse_backward: bool = False,
         max_norm: float | None = None,
     ) -> None:
         if max_norm is not None and not (fuse_backward and 0.0 < max_norm < float("inf")):
             raise ConfigError.of("max_norm", max_norm, "a number > 0 with fuse_backward=True; without it, torch.nn.utils.clip_grad_norm_")
+        if ledger is not None and memory_budget is None:
+            raise ConfigError.of("ledger", type(ledger).__name__, "given together with memory_budget, which it is counted against")
         self._fused: FusedBackward | None = None
+        self._budget: StateBudget | None = None
         self._prepare()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plan": plan}
-        defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul}
-        if memory_budget is not None:
-            from mango.policy.budget import groups_for  # which counts bytes by this module's parts
-
-            params = groups_for(params, memory_budget, plan, field="memory_budget")
+        defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul, "memory_budget": memory_budget}
         super().__init__(params, defaults)
         if fuse_backward:
             self._fused = FusedBackward(self, max_norm)
+        if memory_budget is not None:
+            self._budget = StateBudget(memory_budget, ledger)
+            self.replan()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -126,6 +137,10 @@ class Mango(torch.optim.Optimizer):
                     raise ConfigError.of(f"{name}.dtype", param.dtype, "a real floating point type")
                 if self._places[param].plan is not None:
                     plan.columns(*matrix_shape(param.shape), name)
+            if group["memory_budget"] != self.defaults["memory_budget"]:
+                raise ConfigError.of("memory_budget of a group", group["memory_budget"], "left out: it is one for the whole optimizer")
+            if self._budget is not None:
+                self.replan()
         except ConfigError:
             self.param_groups.pop()
             for param in group["params"]:
@@ -135,6 +150,7 @@ class Mango(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_fused", None)  # a copy has parameters of its own, without hooks
+        self.__dict__.setdefault("_budget", None)  # and keeps the plans that it has
         self._prepare()
         for group in self.param_groups:
             self._register(group)
@@ -176,6 +192,8 @@ class Mango(torch.optim.Optimizer):
                 raise ConfigError.of(f"{name}.grad", "sparse" if grad.is_sparse else "complex", "a dense real gradient")
         gradients = [param.grad.detach() for param in params if param.grad is not None]  # one made with create_graph has a graph of its own
         grads = self._guard.admit(gradients, [self._places[param].name for param in params])
+        if self._budget is not None and self._budget.stale(params):
+            self.replan()
         if self._fused is None:
             self._diagnostics = {}
         small: dict[tuple[Any, ...], list[_Item]] = {}
@@ -261,8 +279,8 @@ class Mango(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state: bit for bit, plans that ``set_plan`` had changed included, where the groups ask for the plans that they
-        asked for when it was saved. Where a group's ``plan`` is another one now, its parameters' states are converted to it (see
-        ``mango.optim.convert`` for what that drops). Every other option is the saved one, as with any torch optimizer.
+        asked for when it was saved. Where a group's ``plan`` (or the budget) is another one now, its parameters' states are converted to
+        it (see ``mango.optim.convert`` for what that drops). Every other option is the saved one, as with any torch optimizer.
 
         Raises: ConfigError when it does not fit the parameters or the plans that it was saved with, or holds no data (the meta device).
         """
@@ -270,11 +288,11 @@ class Mango(torch.optim.Optimizer):
         saved = state_dict["state"]
         if any("plan" not in group for group in state_dict["param_groups"]):
             raise ConfigError.of("state_dict", "parameter groups without a plan", "a state that Mango saved")
-        asked: list[dict[str, Any]] = [{key: group[key] for key in ("plan", "plans") if key in group} for group in self.param_groups]
+        asked: list[dict[str, Any]] = [{key: group[key] for key in ASKED if key in group} for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
         before = [place.plan for place in self._places.values()]
         for group, own in zip(self.param_groups, asked, strict=True):
-            if plan_of(group) != plan_of(own):
+            if (plan_of(group), group.get("memory_budget")) != (plan_of(own), own["memory_budget"]):
                 group.pop("plans", None)
                 group.update(own)
         self._prepare()
@@ -298,13 +316,14 @@ class Mango(torch.optim.Optimizer):
     @torch.no_grad()
     def set_plan(self, which: str | Tensor, plan: LayerPlan | Mapping[str, Any] | None) -> None:
         """Another plan for one matrix from the next step on. Its state is converted at once (see ``mango.optim.convert`` for what that
-        drops); a plan equal to the one in force changes nothing. ``state_dict`` keeps it.
+        drops); a plan equal to the one in force changes nothing. ``state_dict`` keeps it, ``replan`` chooses anew.
 
         Args:
             which: the name, as in ``plans()``, or the parameter.
             plan: a LayerPlan, a mapping of its fields, or None for plain AdamW.
 
-        Raises: ConfigError for a parameter that is not this optimizer's or too small for a plan, or a plan that does not fit it.
+        Raises: ConfigError for a parameter that is not this optimizer's or too small for a plan, or a plan that does not fit it
+            or the memory budget.
         """
         matrices = {place.name: param for param, place in self._places.items() if is_matrix(param.shape)}
         param = matrices.get(which) if isinstance(which, str) else which
@@ -314,6 +333,32 @@ class Mango(torch.optim.Optimizer):
         place, new = self._places[param], None if plan is None else LayerPlan.of(plan)
         if new is not None:
             new.columns(*matrix_shape(param.shape), place.name)
+        if self._budget is not None and new != place.plan:
+            self._budget.admit(self, param, new)
+        self._set_plan(param, new)
+
+    @torch.no_grad()
+    def replan(self, memory_budget: int | float | str | None = None) -> None:
+        """Choose every matrix's plan again, under what the budget (or a new one) now leaves for state, and convert their states. A step
+        does so by itself when the ledger has seen activations grow, and for parameters that it steps for the first time.
+
+        Raises: ConfigError without a budget, or for one that cannot be met; nothing is changed then.
+        """
+        budget = self._budget
+        if memory_budget is not None:
+            budget = StateBudget(memory_budget, None if budget is None else budget.ledger)
+        if budget is None:
+            raise ConfigError.of("memory_budget", None, "a number of bytes, here or when the optimizer is made")
+        chosen = budget.choose(self)
+        self._budget = budget
+        for options in (self.defaults, *self.param_groups):
+            options["memory_budget"] = budget.value
+        growth = {p: layer_nbytes(p.shape, plan) - layer_nbytes(p.shape, self._places[p].plan) for p, plan in chosen.items()}
+        for param in sorted(growth, key=lambda param: growth[param]):  # what shrinks makes room for what grows
+            self._set_plan(param, chosen[param])
+
+    def _set_plan(self, param: Tensor, new: LayerPlan | None) -> None:
+        place = self._places[param]
         if new == place.plan:
             return
         if self.state.get(param):
