@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from mango.errors import ConfigError
+from mango.optim.accounting import layer_nbytes
 from mango.optim.adamw import adamw
+from mango.optim.budgeted import StateBudget
 from mango.optim.convert import convert, moved
 from mango.optim.fused import FusedBackward
 from mango.optim.guard import Guard
@@ -22,7 +24,9 @@ from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
 if TYPE_CHECKING:
     from mango.policy.base import Policy
     from mango.policy.controller import Controller
+    from mango.telemetry import MemoryLedger
 
+ASKED = ("plan", "plans", "memory_budget")  # options of a group that loading a state leaves as they are, unless none of them was changed
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
 
@@ -63,8 +67,10 @@ class Mango(torch.optim.Optimizer):
         matmul: "float32", "bfloat16", or "auto": bfloat16 for matrices of at least 2^18 values where the processor has units for it
             (AVX512-BF16, AMX, CUDA from compute capability 8.0 on). Sums are in float32 and so is what is kept; a step differs by rounding.
         memory_budget: of ``nbytes()``, in bytes or as "24GiB", "0.5 bytes/param": the best plan for each matrix under it is chosen (see
-            mango.policy.Budget) and takes the place of ``plan``, except in groups whose plan is None. Never exceeded. Parameters that do
-            not require a gradient are left out.
+            mango.policy.Budget) and takes the place of ``plan``, except in groups whose plan is None. Never exceeded: parameters that are
+            unfrozen or added later make the others smaller.
+        ledger: with ``memory_budget``: the budget is of everything that this ledger counts (weights, gradients, saved activations) and the
+            state together. Where it has seen more activations than before, the next step starts by choosing plans anew.
         policy: a name of mango.policy.REGISTRY or a Policy: it chooses every matrix's rank and bits anew, before the first step and after
             each ``policy_every``-th, starting from ``plan``, and within ``memory_budget``. States are converted (see ``set_plan``).
         policy_every: steps between two choices, at least 1.
@@ -101,6 +107,7 @@ class Mango(torch.optim.Optimizer):
         seed: int = 0,
         matmul: str = "auto",
         memory_budget: int | float | str | None = None,
+        ledger: MemoryLedger | None = None,
         policy: Policy | str | None = None,
         policy_every: int = 50,
         fuse_backward: bool = False,
@@ -108,23 +115,26 @@ class Mango(torch.optim.Optimizer):
     ) -> None:
         if max_norm is not None and not (fuse_backward and 0.0 < max_norm < float("inf")):
             raise ConfigError.of("max_norm", max_norm, "a number > 0 with fuse_backward=True; without it, torch.nn.utils.clip_grad_norm_")
+        if ledger is not None and (memory_budget is None or policy is not None):
+            legal = "given together with memory_budget, which it is counted against, and without a policy"
+            raise ConfigError.of("ledger", type(ledger).__name__, legal)
         self._fused: FusedBackward | None = None
+        self._budget: StateBudget | None = None
         self._controller: Controller | None = None
         self._prepare()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plan": plan}
-        defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul}
-        if memory_budget is not None and policy is None:
-            from mango.policy.budget import groups_for  # which counts bytes by this module's parts
-
-            params = groups_for(params, memory_budget, plan, field="memory_budget")
+        defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul, "memory_budget": memory_budget}
         super().__init__(params, defaults)
+        if fuse_backward:
+            self._fused = FusedBackward(self, max_norm)
         if policy is not None:
             from mango.policy import controller_for
 
             self._controller = controller_for(policy, policy_every, memory_budget, self.shapes())
             self._controller.adopt(self)
-        if fuse_backward:
-            self._fused = FusedBackward(self, max_norm)
+        elif memory_budget is not None:
+            self._budget = StateBudget(memory_budget, ledger)
+            self.replan()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -141,6 +151,10 @@ class Mango(torch.optim.Optimizer):
                     raise ConfigError.of(f"{name}.dtype", param.dtype, "a real floating point type")
                 if self._places[param].plan is not None:
                     plan.columns(*matrix_shape(param.shape), name)
+            if group["memory_budget"] != self.defaults["memory_budget"]:
+                raise ConfigError.of("memory_budget of a group", group["memory_budget"], "left out: it is one for the whole optimizer")
+            if self._budget is not None:
+                self.replan()
         except ConfigError:
             self.param_groups.pop()
             for param in group["params"]:
@@ -153,6 +167,7 @@ class Mango(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_fused", None)  # a copy has parameters of its own, without hooks
         self.__dict__.setdefault("_controller", None)  # and nobody who changes its plans
+        self.__dict__.setdefault("_budget", None)
         self._prepare()
         for group in self.param_groups:
             self._register(group)
@@ -221,6 +236,8 @@ class Mango(torch.optim.Optimizer):
                 raise ConfigError.of(f"{name}.grad", "sparse" if grad.is_sparse else "complex", "a dense real gradient")
         gradients = [param.grad.detach() for param in params if param.grad is not None]  # one made with create_graph has a graph of its own
         grads = self._guard.admit(gradients, [self._places[param].name for param in params])
+        if self._budget is not None and self._budget.stale(params):
+            self.replan()
         if self._fused is None:
             self._diagnostics = {}
         small: dict[tuple[Any, ...], list[_Item]] = {}
@@ -307,8 +324,8 @@ class Mango(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state: bit for bit, plans that ``set_plan`` had changed included, where the groups ask for the plans that they
-        asked for when it was saved. Where a group's ``plan`` is another one now, its parameters' states are converted to it (see
-        ``mango.optim.convert`` for what that drops). Every other option is the saved one, as with any torch optimizer.
+        asked for when it was saved. Where a group's ``plan`` (or the budget) is another one now, its parameters' states are converted to
+        it (see ``mango.optim.convert`` for what that drops). Every other option is the saved one, as with any torch optimizer.
 
         Raises: ConfigError when it does not fit the parameters or the plans that it was saved with, or holds no data (the meta device).
         """
@@ -316,11 +333,11 @@ class Mango(torch.optim.Optimizer):
         saved = state_dict["state"]
         if any("plan" not in group for group in state_dict["param_groups"]):
             raise ConfigError.of("state_dict", "parameter groups without a plan", "a state that Mango saved")
-        asked: list[dict[str, Any]] = [{key: group[key] for key in ("plan", "plans") if key in group} for group in self.param_groups]
+        asked: list[dict[str, Any]] = [{key: group[key] for key in ASKED if key in group} for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
         before = [place.plan for place in self._places.values()]
         for group, own in zip(self.param_groups, asked, strict=True):
-            if plan_of(group) != plan_of(own):
+            if (plan_of(group), group.get("memory_budget")) != (plan_of(own), own["memory_budget"]):
                 group.pop("plans", None)
                 group.update(own)
         self._prepare()
@@ -354,13 +371,14 @@ class Mango(torch.optim.Optimizer):
     @torch.no_grad()
     def set_plan(self, which: str | Tensor, plan: LayerPlan | Mapping[str, Any] | None) -> None:
         """Another plan for one matrix from the next step on. Its state is converted at once (see ``mango.optim.convert`` for what that
-        drops); a plan equal to the one in force changes nothing. ``state_dict`` keeps it.
+        drops); a plan equal to the one in force changes nothing. ``state_dict`` keeps it, ``replan`` chooses anew.
 
         Args:
             which: the name, as in ``plans()``, or the parameter.
             plan: a LayerPlan, a mapping of its fields, or None for plain AdamW.
 
-        Raises: ConfigError for a parameter that is not this optimizer's or too small for a plan, or a plan that does not fit it.
+        Raises: ConfigError for a parameter that is not this optimizer's or too small for a plan, or a plan that does not fit it
+            or the memory budget.
         """
         matrices = {place.name: param for param, place in self._places.items() if is_matrix(param.shape)}
         param = matrices.get(which) if isinstance(which, str) else which
@@ -370,6 +388,34 @@ class Mango(torch.optim.Optimizer):
         place, new = self._places[param], None if plan is None else LayerPlan.of(plan)
         if new is not None:
             new.columns(*matrix_shape(param.shape), place.name)
+        if self._budget is not None and new != place.plan:
+            self._budget.admit(self, param, new)
+        self._set_plan(param, new)
+
+    @torch.no_grad()
+    def replan(self, memory_budget: int | float | str | None = None) -> None:
+        """Choose every matrix's plan again, under what the budget (or a new one) now leaves for state, and convert their states. A step
+        does so by itself when the ledger has seen activations grow, and for parameters that it steps for the first time.
+
+        Raises: ConfigError without a budget, or for one that cannot be met; nothing is changed then.
+        """
+        if self._controller is not None:
+            raise ConfigError.of("policy", type(self._controller.policy).__name__, "None: plans under a policy are the policy's to choose")
+        budget = self._budget
+        if memory_budget is not None:
+            budget = StateBudget(memory_budget, None if budget is None else budget.ledger)
+        if budget is None:
+            raise ConfigError.of("memory_budget", None, "a number of bytes, here or when the optimizer is made")
+        chosen = budget.choose(self)
+        self._budget = budget
+        for options in (self.defaults, *self.param_groups):
+            options["memory_budget"] = budget.value
+        growth = {p: layer_nbytes(p.shape, plan) - layer_nbytes(p.shape, self._places[p].plan) for p, plan in chosen.items()}
+        for param in sorted(growth, key=lambda param: growth[param]):  # what shrinks makes room for what grows
+            self._set_plan(param, chosen[param])
+
+    def _set_plan(self, param: Tensor, new: LayerPlan | None) -> None:
+        place = self._places[param]
         if new == place.plan:
             return
         if self.state.get(param):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,9 +79,10 @@ class Observation:
     def permuted(self, order: Sequence[int]) -> Observation:
         """The same with the layers in another order; depths stay with their layers."""
         places = list(order)
-        rows = {key: getattr(self, key)[places] for key in ("layers", "nbytes", "allowed")}
-        tuples = {key: tuple(getattr(self, key)[place] for place in places) for key in ("names", "shapes", "bases", "current")}
-        return replace(self, **rows, **tuples)
+        rows: dict[str, Any] = {key: getattr(self, key)[places] for key in ("layers", "nbytes", "allowed")}
+        for key in ("names", "shapes", "bases", "current"):
+            rows[key] = tuple(getattr(self, key)[place] for place in places)
+        return replace(self, **rows)
 
 
 @dataclass(eq=False)

@@ -125,10 +125,23 @@ def plans_for(
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
             shapes[name] = tuple(parameter.shape)
+    return plans_for_shapes(shapes, budget, candidates, score, field, plain)
+
+
+def plans_for_shapes(
+    shapes: Mapping[str, Shape],
+    budget: int | float | str,
+    candidates: Sequence[LayerPlan | Mapping[str, Any]] | None = None,
+    score: Score = quality,
+    field: str = "budget",
+    plain: Collection[str] = (),
+    held: int = 0,
+) -> dict[str, LayerPlan]:
+    """``plans_for`` when the trainable parameters are known by their shapes, and ``held`` bytes of the budget are spent on other things."""
     limit = parse_budget(budget, sum(map(prod, shapes.values())), field)
     matrices = {name: shape for name, shape in shapes.items() if is_matrix(shape) and name not in plain}
     spent = sum(layer_nbytes(shape, None) for name, shape in shapes.items() if name not in matrices)
-    return _choose(matrices, LADDER if candidates is None else candidates, limit, score, spent, (field, budget))
+    return _choose(matrices, LADDER if candidates is None else candidates, limit, score, spent, (field, budget), held)
 
 
 def groups_for(
@@ -223,6 +236,7 @@ def _choose(
     score: Score,
     plain: int,  # bytes that are spent whatever is chosen
     asked: tuple[str, int | float | str],  # field and value, for messages
+    held: int = 0,  # bytes that are spent on other things than state
 ) -> dict[str, LayerPlan]:
     plans = [LayerPlan.of(candidate) for candidate in candidates]
     if not plans:
@@ -235,14 +249,16 @@ def _choose(
             if not isfinite(worth):
                 raise ConfigError.of(f"score({name!r}, {plan})", worth, "a finite number")
         classes.append(options)
-    picked = solve(classes, limit - plain)
+    picked = solve(classes, limit - held - plain)
     if picked is None:
         least = sum(min(weight for weight, _ in options) for options in classes)
         raise ConfigError.of(
             *asked,
-            f"at least {plain + least} bytes, of which {plain} for tensors that keep plain AdamW and {least} for {len(layers)} matrices"
-            " under the smallest candidate plan of each; less takes candidates of lower rank, without error, or with smaller codecs,"
-            " or fewer trainable parameters",
+            f"at least {held + plain + least} bytes, of which "
+            + (f"{held} for weights, gradients and saved activations, " if held else "")
+            + f"{plain} for tensors that keep plain AdamW and {least} for {len(layers)} matrices"
+            + " under the smallest candidate plan of each; less takes candidates of lower rank, without error, or with smaller codecs,"
+            " or fewer trainable parameters" + (", or fewer activations (a shorter sequence, a smaller batch)" if held else ""),
         )
     return {name: fitting[name][index] for name, index in zip(layers, picked, strict=True)}
 
