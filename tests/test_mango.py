@@ -200,7 +200,8 @@ def test_diagnostics(factor: str | None, expected: float, power: str) -> None:
             assert values["certified"] == pytest.approx(basis * expected)
             assert values["certified"] <= values["measured"] <= values["energy"] + 1e-5 <= 1 + 2e-5
             assert 0 <= values["drift"] <= 1
-    assert all(values["variance"] > 0.1 for values in found.values()), "independent gradients disagree"
+    if power == "full":  # half a step from the momentum finds the directions in which it agrees with the gradient
+        assert all(values["variance"] > 0.1 for values in found.values()), "independent gradients disagree"
     optimizer.observe(False)
     push(optimizer, [(one, torch.ones(64, 96))])
     assert optimizer.diagnostics() == {}
