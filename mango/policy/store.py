@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).parent
 def save(policy: LearnedPolicy, path: Path, recipe: dict[str, Any]) -> None:
     """Write a policy with the settings that it was trained with. Raises: MissingExtra without the package safetensors."""
     library = require("safetensors.torch", extra="experiments", purpose="saving a policy")
-    header = {
+    said = {
         "version": VERSION,
         "kind": policy.kind,
         "layer": LAYER,
@@ -30,7 +30,7 @@ def save(policy: LearnedPolicy, path: Path, recipe: dict[str, Any]) -> None:
         "actions": asdict(policy.actions),
         "recipe": recipe,
     }
-    library.save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, str(path), {KEY: json.dumps(header)})
+    library.save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, str(path), {KEY: json.dumps(said)})
 
 
 def load(path: Path) -> LearnedPolicy:
@@ -39,34 +39,41 @@ def load(path: Path) -> LearnedPolicy:
     Raises: ConfigError for a file that is absent, is no policy, or is one of another version or of other features; MissingExtra without
         the package safetensors.
     """
+    said = header(path)
+    if said.get("version") != VERSION:
+        raise ConfigError.of(f"version of {path}", said.get("version"), f"{VERSION}: train it again with the workflow's rule policy_ppo")
+    if (said["layer"], said["world"]) != (list(LAYER), list(WORLD)):
+        raise ConfigError.of(f"features of {path}", said["layer"] + said["world"], "those of this version of mango")
+    if said.get("kind") not in KINDS:
+        raise ConfigError.of(f"kind of {path}", said.get("kind"), "one of " + ", ".join(KINDS))
+    policy = KINDS[said["kind"]](actions=Actions(**{name: tuple(value) for name, value in said["actions"].items()}))
+    try:
+        policy.load_state_dict(require("safetensors.torch", extra="experiments", purpose="loading a policy").load_file(str(path)))
+    except RuntimeError as error:
+        raise ConfigError.of(f"weights of {path}", said["kind"], " ".join(str(error).split())) from None
+    return policy.eval()
+
+
+def header(path: Path) -> dict[str, Any]:
+    """What a policy file says of itself: version, kind, features, actions and recipe; empty for a file that is no policy.
+
+    Raises: ConfigError for a file that is absent or damaged; MissingExtra without the package safetensors.
+    """
     library = require("safetensors", extra="experiments", purpose="loading a policy")
     if not path.is_file():
         raise ConfigError.of("policy file", str(path), "an existing file that mango.policy.store.save wrote")
     try:
         with library.safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            return json.loads((file.metadata() or {}).get(KEY, "{}"))
     except library.SafetensorError as error:
         raise ConfigError.of("policy file", str(path), f"a safetensors file ({error})") from None
-    if header.get("version") != VERSION:
-        raise ConfigError.of(f"version of {path}", header.get("version"), f"{VERSION}: train it again with the workflow's rule policy_ppo")
-    if (header["layer"], header["world"]) != (list(LAYER), list(WORLD)):
-        raise ConfigError.of(f"features of {path}", header["layer"] + header["world"], "those of this version of mango")
-    if header.get("kind") not in KINDS:
-        raise ConfigError.of(f"kind of {path}", header.get("kind"), "one of " + ", ".join(KINDS))
-    policy = KINDS[header["kind"]](actions=Actions(**{name: tuple(value) for name, value in header["actions"].items()}))
-    try:
-        policy.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ConfigError.of(f"weights of {path}", header["kind"], " ".join(str(error).split())) from None
-    return policy.eval()
 
 
-def tinyformer(**options: Any) -> LearnedPolicy:
+def tinyformer() -> LearnedPolicy:
     """The trained policy that ships with mango."""
-    return load(SHIPPED / "tinyformer.safetensors", **options)
+    return load(SHIPPED / "tinyformer.safetensors")
 
 
-def lstm(**options: Any) -> LearnedPolicy:
+def lstm() -> LearnedPolicy:
     """The trained ablation."""
-    return load(SHIPPED / "lstm.safetensors", **options)
+    return load(SHIPPED / "lstm.safetensors")

@@ -13,6 +13,7 @@ from mango.policy.actions import Actions
 from mango.policy.base import LAYER, WORLD, Observation, Policy
 
 PARAMETERS = 100_000  # a policy has fewer
+FEATURES = (len(LAYER), len(WORLD))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class LearnedPolicy(nn.Module, Policy):
 
     kind = ""  # as in the registry
 
-    def __init__(self, width: int, actions: Actions | None = None, features: tuple[int, int] = (len(LAYER), len(WORLD))) -> None:
+    def __init__(self, width: int, actions: Actions | None = None, features: tuple[int, int] = FEATURES) -> None:
         super().__init__()
         self.actions = actions or Actions()
         self.width = width
@@ -131,8 +132,16 @@ class TinyFormer(LearnedPolicy):
 
     kind = "tinyformer"
 
-    def __init__(self, width: int = 128, depth: int = 6, heads: int = 4, hidden: int = 64, actions: Actions | None = None, **options) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(width, actions, **options)
+    def __init__(
+        self,
+        width: int = 128,
+        depth: int = 6,
+        heads: int = 4,
+        hidden: int = 64,
+        actions: Actions | None = None,
+        features: tuple[int, int] = FEATURES,
+    ) -> None:
+        super().__init__(width, actions, features)
         self.depth, self.count = depth, heads
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -158,9 +167,8 @@ class TinyFormer(LearnedPolicy):
     @torch.no_grad()
     def attention(self, seen: Observation) -> Tensor:
         """(depth, 1 + n, 1 + n): who looks at whom, mean over the heads; the run's token is the first."""
-        tokens = torch.cat([self.embed_world(self.normalise_world(seen.world))[None], self.embed_layer(self.normalise_layers(seen.layers))])[
-            None
-        ]
+        world, layers = self.embed_world(self.normalise_world(seen.world)), self.embed_layer(self.normalise_layers(seen.layers))
+        tokens = torch.cat([world[None], layers])[None]  # (1, 1 + n, width)
         found = []
         for _ in range(self.depth):
             query, key, value = self._split(tokens)
@@ -176,8 +184,8 @@ class LSTMPolicy(LearnedPolicy):
 
     kind = "lstm"
 
-    def __init__(self, width: int = 64, actions: Actions | None = None, **options) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(width, actions, **options)
+    def __init__(self, width: int = 64, actions: Actions | None = None, features: tuple[int, int] = FEATURES) -> None:
+        super().__init__(width, actions, features)
         self.forwards, self.backwards = nn.LSTM(width, width, batch_first=True), nn.LSTM(width, width, batch_first=True)
         self.join = nn.Linear(2 * width, width)
 
