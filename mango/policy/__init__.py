@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from mango.registry import Registry
 
 if TYPE_CHECKING:
-    from mango.policy import imitation, ppo, scalarize
+    from mango.policy import imitation as imitation
+    from mango.policy import ppo as ppo
+    from mango.policy import scalarize as scalarize
     from mango.policy.base import Policy
     from mango.policy.budget import Budget
     from mango.policy.controller import Controller
@@ -36,7 +38,6 @@ REGISTRY = Registry(
         "rankschedule": "mango.policy.rules:RankSchedule",
         "budget": "mango.policy.budget:Budget",
         "tinyformer": "mango.policy.store:tinyformer",
-        "lstm": "mango.policy.store:lstm",
     },
 )
 

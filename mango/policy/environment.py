@@ -236,7 +236,7 @@ def _build(task: Task, seed: int, plan: LayerPlan) -> tuple[nn.Module, Mango]:
     matrices, rest = split(model, task.exclude)
     if not matrices:
         raise ConfigError.of("task", task.name, "a model with a matrix of at least 4096 values that is not excluded")
-    groups = [{"params": matrices, "plan": plan}, {"params": rest, "plan": None}]
+    groups: list[dict[str, Any]] = [{"params": matrices, "plan": plan}, {"params": rest, "plan": None}]
     return model, Mango([group for group in groups if group["params"]], lr=task.lr, seed=seed, matmul="float32")
 
 

@@ -44,8 +44,10 @@ class Oracle:
             for dial, options in enumerate((actions.ranks, actions.bits, actions.moments)):
                 gains.append([])
                 for option in range(len(options)):
-                    tried = tuple(option if which == dial else place for which, place in enumerate(places))
-                    run.optimizer.set_plan(name, actions.plan(actions.table.index(tried), seen.bases[layer]))
+                    tried = list(places)
+                    tried[dial] = option
+                    rank, bits, moments = tried
+                    run.optimizer.set_plan(name, actions.plan(actions.table.index((rank, bits, moments)), seen.bases[layer]))
                     run.train(self.steps)
                     gains[dial].append(-log(run.evaluate()))
                     run.restore(before)

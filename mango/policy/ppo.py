@@ -96,12 +96,12 @@ def sample(scores: Tensor, seen: Observation, generator: torch.Generator) -> tup
     return choice, masks, logp
 
 
-@torch.no_grad()
 def rollout(policy: LearnedPolicy, environment: Environment, generator: torch.Generator) -> Episode:
     """One episode under the policy as it is."""
     episode, done, seen = Episode(), False, environment.reset()
     while not done:
-        scores, value = policy(Batch.of([(seen.layers, seen.world)]))
+        with torch.no_grad():  # the environment itself trains a model
+            scores, value = policy(Batch.of([(seen.layers, seen.world)]))
         choice, masks, logp = sample(scores[0], seen, generator)
         after, reward, done = environment.step(choice)
         row = (seen.layers, seen.world, masks, choice, logp, float(value), reward)

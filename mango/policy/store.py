@@ -15,7 +15,7 @@ from mango.policy.tinyformer import LearnedPolicy, LSTMPolicy, TinyFormer
 
 VERSION = 1  # of the observation, the actions and the networks: a file of another one is refused
 KEY = "mango.policy"
-KINDS: dict[str, type[LearnedPolicy]] = {"tinyformer": TinyFormer, "lstm": LSTMPolicy}
+KINDS: dict[str, type[TinyFormer] | type[LSTMPolicy]] = {"tinyformer": TinyFormer, "lstm": LSTMPolicy}
 SHIPPED = Path(__file__).parent
 
 
@@ -72,8 +72,3 @@ def header(path: Path) -> dict[str, Any]:
 def tinyformer() -> LearnedPolicy:
     """The trained policy that ships with mango."""
     return load(SHIPPED / "tinyformer.safetensors")
-
-
-def lstm() -> LearnedPolicy:
-    """The trained ablation."""
-    return load(SHIPPED / "lstm.safetensors")

@@ -79,6 +79,7 @@ class LearnedPolicy(nn.Module, Policy):
     """
 
     kind = ""  # as in the registry
+    table: Tensor  # (A, 3)
 
     def __init__(self, width: int, actions: Actions | None = None, features: tuple[int, int] = FEATURES) -> None:
         super().__init__()

@@ -34,6 +34,7 @@ from mango.training import atomic, provenance
 from mango.training.config import Policy, PolicyTask, load
 
 HELD = 0.2  # share of the episodes of traces that imitation does not see
+SLOWER = 16  # an episode of the oracle takes so many times as long as another, and there are so many times fewer
 EXPERTS: dict[str, Callable[[], Expert]] = {
     "compams": lambda: follow(Uniform()),
     "budget": lambda: follow(Budget()),
@@ -54,7 +55,8 @@ def make_traces(given: Policy, out: Path) -> None:
     tasks = [task_of(name, task) for name, task in given.train.items()]
     settings, decisions = settings_of(given), []
     for name, expert in EXPERTS.items():
-        for number in tqdm(range(given.traces), desc=name):
+        episodes = max(2, given.traces // SLOWER) if name == "oracle" else given.traces
+        for number in tqdm(range(episodes), desc=name):
             task, budget = tasks[number % len(tasks)], given.train_budgets[number // len(tasks) % len(given.train_budgets)]
             run = TrainingRun(task, budget, 1000 + number, settings)
             decisions += imitation.record(expert(), run, f"{name} {task.name} {budget} {number}")
