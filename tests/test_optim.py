@@ -14,6 +14,7 @@ from mango import optim
 from mango.bench import optimizers as bench
 from mango.errors import ConfigError
 from mango.optim import Chain, Mango, build, split, state_nbytes
+from mango.optim.muon import Muon, polar
 from mango.subspace import gaussian
 
 CUDA = ("galore8bit", "pagedadamw8bit")  # their packages run there alone
@@ -313,6 +314,30 @@ def test_galore_keeps_its_habit() -> None:
     assert bases[0].shape == (64, 4)
     changed = [not torch.equal(one, two) for one, two in pairwise(bases)]
     assert changed == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": False, "momentum": 0.8}, {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3}])
+def test_muon_equals_torch_up_to_bfloat16(options: dict[str, Any]) -> None:
+    """torch's Muon rounds to bfloat16 in every product; steps agree to that, and the momentum, which is not multiplied, exactly."""
+    shapes = [(24, 40), (40, 24), (24, 40), (16, 16)]
+    ours = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    pair = (Muon(ours, lr=0.1, **options), torch.optim.Muon(theirs, lr=0.1, **options))
+    for number in range(4):
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = b.grad = gaussian(a.shape, (number, index))
+        for optimizer in pair:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(pair[0].state[a]["momentum_buffer"], pair[1].state[b]["momentum_buffer"])
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_polar_moves_singular_values_to_one() -> None:
+    x = gaussian((2, 30, 20), (1,)).double()
+    values = torch.linalg.svdvals(polar(x))
+    assert values.min() > 0.65 and values.max() < 1.25
+    assert torch.allclose(polar(x.mT), polar(x).mT)
 
 
 def test_muon_folds_convolutions_like_a_matrix() -> None:

@@ -15,6 +15,7 @@ from mango.errors import ConfigError, MissingExtra
 from mango.optim.adarankgrad import AdaRankGrad
 from mango.optim.chain import Chain, Part
 from mango.optim.mango import Mango
+from mango.optim.muon import Muon
 from mango.optim.plan import LayerPlan
 from mango.optim.split import Named
 
@@ -72,11 +73,11 @@ def muon(
     rest_betas: tuple[float, float] = (0.9, 0.999),
     **options: Any,
 ) -> Chain:
-    """torch.optim.Muon for the matrices, convolutions folded; fused AdamW for the rest."""
+    """Muon (mango.optim.muon) for the matrices, convolutions folded; fused AdamW for the rest."""
     return Chain(
         [
             Part(
-                lambda inner: torch.optim.Muon(inner, lr=lr, weight_decay=weight_decay, **options),
+                lambda inner: Muon(inner, lr=lr, weight_decay=weight_decay, **options),
                 [{"params": [param for _, param in matrices]}],
                 fold=True,
             ),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mango.errors import ConfigError
+from mango.optim.muon import Muon
 from mango.optim.plan import LayerPlan
 from mango.optim.split import split
 
@@ -93,7 +94,7 @@ class MuonMango:
         left = [param for param in model.parameters() if param.requires_grad and id(param) not in taken]
         return Chain(
             [
-                Part(lambda inner: torch.optim.Muon(inner, lr=muon_lr, weight_decay=weight_decay), [{"params": muon}], fold=True),
+                Part(lambda inner: Muon(inner, lr=muon_lr, weight_decay=weight_decay), [{"params": muon}], fold=True),
                 Part(
                     lambda inner: Mango(inner, lr=lr, weight_decay=weight_decay, plan=plan, **options),
                     [{"params": left}],
