@@ -36,6 +36,7 @@ wildcard_constraints:
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/theory.smk"
+include: "workflow/rules/policy.smk"
 include: "workflow/rules/notebooks.smk"
 include: "workflow/rules/paper.smk"
 include: "workflow/rules/tuning.smk"
@@ -50,3 +51,4 @@ rule all:
 
 localrules:
     all,
+    policy,

@@ -5,14 +5,17 @@ FIGURES = {
     "01_cifar10": ["curves", "pareto", "recovered", "contraction"],
     "02_theory": [],
     "03_optimizer": ["pareto", "curves", "recovered", "contraction"],
+    "05_policy": ["costs", "decisions"],
 }
-# Notebook -> what it reads: experiments, or the theorems. It runs in the tiers that have all of it.
+# Notebook -> what it reads: experiments, the theorems, or the evaluation of policies. It runs in the tiers that have all of it.
 READS = {
     "01_cifar10": ("cifar10",),
     "02_theory": ("theory",),
     "03_optimizer": ("language", "cifar10"),
+    "05_policy": ("policy",),
 }
-NOTEBOOKS = [name for name in FIGURES if {"theory", *TIER_CONFIG.experiments}.issuperset(READS[name])]
+SUBJECTS = {"theory", *TIER_CONFIG.experiments, *(["policy"] if TIER_CONFIG.policy else [])}
+NOTEBOOKS = [name for name in FIGURES if SUBJECTS.issuperset(READS[name])]
 
 for notebook in NOTEBOOKS:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import json
 import math
@@ -15,7 +16,7 @@ from typing import Any
 import jsonschema
 from codehash import ROOT, digest
 
-from mango import codecs, data, models, optim
+from mango import codecs, data, models, optim, policy
 from mango.errors import ConfigError
 from mango.registry import Registry
 from mango.training.config import RunConfig, TierConfig, load, resolve
@@ -163,8 +164,29 @@ def declared_modules(path: Path) -> list[str]:
     )
 
 
+def policy_settings(tier: TierConfig) -> str:
+    """The settings of the experiment on policies; empty for a tier without."""
+    return "" if tier.policy is None else tier.policy.model_dump_json()
+
+
+def policy_code(tier: TierConfig) -> str:
+    """Hash of the code behind policies, and of the file that is shipped."""
+    if tier.policy is None:
+        return ""
+    tasks = [*tier.policy.held_out.values(), *tier.policy.train.values()]
+    parts = {
+        entry(registry, name) for task in tasks for registry, name in ((data.REGISTRY, task.data.name), (models.REGISTRY, task.model.name))
+    }
+    rules = {entry(policy.REGISTRY, name) for name in policy.REGISTRY}
+    kinds = {entry(codecs.REGISTRY, name) for name in ("bf16", "int8", "nf4")}
+    shipped = hashlib.sha256((ROOT / "mango" / "policy" / "tinyformer.safetensors").read_bytes()).hexdigest()[:16]
+    return f"{digest(['workflow/scripts/policy.py', *sorted(parts | rules | kinds)])}-{shipped}"
+
+
 def notebook_records(tier: TierConfig, subject: str) -> list[str]:
-    """What a notebook reads: the theorems' records, or an experiment's run records of this tier and of every archive."""
+    """What a notebook reads: the theorems' records, the policies', or an experiment's of this tier and of every archive."""
+    if subject == "policy":
+        return [f"results/{tier.tier}/policy/evaluation.json"]
     if subject == "theory":
         return [f"results/{tier.tier}/theory/{theorem}.json" for theorem in theorems(tier)]
     live = [f"results/{tier.tier}/{subject}/{variant}/{seed}/run.json" for variant, seed in runs(tier, subject)]

@@ -108,7 +108,9 @@ def improve(given: Policy, start: Path | None, kind: str, out: Path) -> None:
     config = ppo.Config(iterations=given.iterations, episodes=given.episodes, lr=3e-4)
     checkpoint = out.with_suffix(".pt")
     ppo.train(ppo.Trainer(learner, config), ppo.in_process(make), report, checkpoint)
-    recipe = {"start": "imitation" if start else "random", "ppo": asdict(config), "settings": given.model_dump(mode="json")}
+    recipe: dict[str, Any] = {"start": "imitation" if start else "random", "ppo": asdict(config), "settings": given.model_dump(mode="json")}
+    if start is not None:
+        recipe["imitation"] = store.header(start)["recipe"]["imitation"]
     store.save(learner, out, recipe)
     checkpoint.unlink()
 
