@@ -49,7 +49,7 @@ def source(path: Path) -> str:
 @functools.cache
 def generated() -> Path:
     """What paper_generate writes from the notebooks' real, tiny runs."""
-    for name in ("01_cifar10", "02_theory", "03_optimizer"):
+    for name in ("01_cifar10", "02_theory", "03_optimizer", "05_policy"):
         executed(name)
     out = tiny_results().parent / "generated"
     assert paper_generate.main(["--tier", TIER, "--results", str(tiny_results()), "--out", str(out)]) == 0

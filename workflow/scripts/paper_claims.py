@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import paper_policy
 from paper_experiments import EXPERIMENTS, Sentences, count
 from paper_numbers import Numbers
 
@@ -39,6 +40,7 @@ def sentences(numbers: Numbers, records: Records, tier: str) -> str:
     }
     for name in EXPERIMENTS:
         found |= Sentences(numbers, name).all()
+    found |= paper_policy.sentences(numbers)
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
 
 

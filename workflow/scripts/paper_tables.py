@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import paper_claims
+import paper_policy
 from paper_experiments import EXPERIMENTS
 from paper_numbers import Numbers, escape, printed
 
@@ -34,6 +35,7 @@ def tables(numbers: Numbers, records: Records, reported: Mapping[str, Any], tier
         "theorems": theorem_table(records),
         "cases": cases(records),
         "claims": claims(numbers, records, tier, seconds),
+        "policy": paper_policy.table(numbers),
         "reported": reported_table(reported),
         "machines": machines(numbers),
     }
