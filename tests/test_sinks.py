@@ -28,6 +28,7 @@ experiments:
     variants:
       adamw: {optimizer: adamw, options: {lr: 3e-3}}
       mango: {optimizer: mango, options: {lr: 3e-3}}
+      schedule: {optimizer: mango, options: {lr: 3e-3, policy: rankschedule, policy_every: 1, memory_budget: "3.5 bytes/param"}}
 """
 
 
@@ -119,3 +120,12 @@ def test_energy_is_logged_when_asked_and_can_be_required(tier_file: Path, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["joules"] is None or 0 <= row["joules"] <= 8.0 for row in rows)
     assert "joules" not in (tmp_path / "absent" / "metrics.jsonl").read_text()
+
+
+def test_a_run_under_a_policy_records_its_plans_and_keeps_the_budget(tier_file: Path, tmp_path: Path) -> None:
+    done = train(resolve(load(tier_file), "digits", "schedule", 0, ["train.log_every=1"]), tmp_path)
+    assert done.memory.optimizer_state <= 3.5 * done.parameters.total
+    assert [step.step for step in done.plan] == sorted({step.step for step in done.plan})
+    assert len(done.plan) > 1, "the rank falls, and the record says when"
+    ranks = [max(plan["rank"] for plan in step.layers.values()) for step in done.plan]
+    assert ranks == sorted(ranks, reverse=True)

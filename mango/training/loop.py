@@ -224,6 +224,11 @@ class _Trainer:
         counters.memory.append(self.ledger.categories(counters.saved_activations))
         self._sink("memory", counters.memory[-1])
         counters.train_loss = math.fsum(counters.losses) / len(counters.losses)
+        if isinstance(self.optimizer, optim.Mango):  # its policy, if it has one, may have changed plans and decides anew by what it is told
+            self.optimizer.signal(loss=counters.train_loss, progress=counters.step / self.config.train.steps)
+            now = plan_of(self.optimizer)
+            if now and now[0]["layers"] != counters.plan[-1]["layers"]:
+                counters.plan.append({"step": counters.step, "layers": now[0]["layers"]})
         self._write("train", counters.train_loss, self.data.scores(counters.train_loss, counters.correct / counters.seen))
         counters.losses, counters.correct, counters.seen = [], 0, 0
 

@@ -83,8 +83,8 @@ def imitation(numbers: Numbers) -> str:
         return "The policy file does not say how well it imitated its experts."
     return (
         r"Before it was improved by PPO the network was cloned from the exact budget. On episodes that it had not seen, a clone takes the "
-        r"very action of its expert for \val{policy.agreement.budget} of the layers (exact budget), \val{policy.agreement.compams} (COMP-AMS) "
-        r"and \val{policy.agreement.oracle} (greedy oracle, whose choices turn on differences of single steps)."
+        r"very action of its expert for \val{policy.agreement.budget} of the layers (exact budget), \val{policy.agreement.compams} "
+        r"(COMP-AMS) and \val{policy.agreement.oracle} (greedy oracle, whose choices turn on differences of single steps)."
     )
 
 
