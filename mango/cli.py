@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from mango.errors import MangoError
+from mango.errors import ConfigError, MangoError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="compare with peers in one process", description="Timings and bytes beside peers', measured in one process."
     )
-    bench.add_argument("name", help="which comparison, e.g. codecs, optimizers")
+    bench.add_argument("name", help="which comparison: codecs, optimizers, training (the optimizer's share of a step; minutes), ...")
+    bench.add_argument("--model", metavar="NAME", help="of optimizers: matrices (default) or nanochat; of training: gpt-124m (default)")
+    bench.add_argument("--repeats", type=int, metavar="N", help="rounds that are timed")
     bench.add_argument("--json", action="store_true", help="print JSON rows")
     bench.set_defaults(command=_bench)
     return parser
@@ -232,8 +235,6 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _rank(value: str) -> int | float:
-    from mango.errors import ConfigError
-
     try:
         return int(value) if value.strip().isdigit() else float(value)
     except ValueError:
@@ -243,7 +244,13 @@ def _rank(value: str) -> int | float:
 def _bench(options: argparse.Namespace) -> int:
     from mango import bench
 
-    rows = bench.REGISTRY.load(options.name)()
+    run = bench.REGISTRY.load(options.name)
+    known = signature(run).parameters
+    given = {key: value for key in ("model", "repeats") if (value := getattr(options, key)) is not None}
+    for key in given.keys() - known.keys():
+        raise ConfigError.of(f"--{key}", given[key], f"left out: mango bench {options.name} has no such option")
+    with _Bars(enabled=not options.json) as bars:
+        rows = run(**given, **({"progress": bars.named} if "progress" in known else {}))
     print(json.dumps(rows, indent=2) if options.json else table(rows))
     return 0
 

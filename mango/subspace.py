@@ -203,9 +203,14 @@ def half_step(
     return new.gather(-1, order.unsqueeze(-2).expand_as(new))
 
 
+def large(a: Tensor, b: Tensor) -> bool:
+    """Whether matrices of these sizes are better multiplied one by one than in a batch, on a CPU."""
+    return a.device.type == "cpu" and a.numel() + b.numel() >= 1 << 17
+
+
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b. On a CPU large matrices of a stack are multiplied one by one: torch.bmm copies bfloat16 operands that are transposed."""
-    if a.ndim != 3 or a.device.type != "cpu" or a[0].numel() + b[0].numel() < 1 << 17:
+    if a.ndim != 3 or not large(a[0], b[0]):
         return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
     if out is None:
         out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=a.dtype)

@@ -102,7 +102,7 @@ def test_equal_plans_copy_and_equal_parts_stay_to_the_bit() -> None:
     stack = optimizer._stacks[param]
     optimizer.set_plan(param, {"rank": 8})
     assert optimizer._stacks[param] is stack  # nothing happened
-    optimizer.set_plan("w", LayerPlan(rank=8, scouts=3, residual=False))
+    optimizer.set_plan("w", LayerPlan(rank=8, scouts=3))
     assert all(torch.equal(value, before[key]) for key, value in tensors(optimizer, param).items())
     optimizer.set_plan("w", LayerPlan(rank=8, error="none"))
     after = tensors(optimizer, param)

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mango import LayerPlan, Mango, codecs, native
+from mango.errors import NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.native import optim as loops
-from mango.optim.layers import column_norms
+from mango.optim.guard import Guard
+from mango.optim.layers import square_sums
 from mango.subspace import gaussian
 
 Result = TypeVar("Result")
@@ -111,20 +113,27 @@ def test_the_error_is_decoded_and_added_with_the_bits_of_two_passes() -> None:
         assert same(mine, twin)
 
 
-@pytest.mark.parametrize("by_row", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_update_is_applied_with_the_bits_of_its_passes(by_row: bool, dtype: torch.dtype) -> None:
-    w, h, q = gaussian((70, 90), (1,)), gaussian((70, 90), (2,)), gaussian((70, 90), (3,)).to(dtype)
-    scale, decay = gaussian((70 if by_row else 90,), (4,)), 0.875
-    expected = w * decay + (h * (scale[:, None] if by_row else scale) + q.float())
-    kind, shift = (torch.uint16, 16) if dtype == torch.bfloat16 else (torch.uint32, 0)
-    loops.apply(0, 70, w.numpy(), h.numpy(), scale.numpy(), by_row, q.view(kind).numpy(), shift, np.float32(decay))
+def test_the_update_is_applied_with_the_bits_of_its_passes() -> None:
+    w, h, by_row, by_column = gaussian((70, 90), (1,)), gaussian((70, 90), (2,)), gaussian((70,), (3,)), gaussian((90,), (4,))
+    expected = w * 0.875 + h * by_row[:, None] * by_column
+    loops.apply(0, 70, w.numpy(), h.numpy(), by_row.numpy(), by_column.numpy(), np.float32(0.875))
     assert same(w, expected)
 
 
-def test_columns_are_summed() -> None:
+def test_squares_are_summed() -> None:
     x = gaussian((2, 300, 1100), (1,))
-    assert torch.allclose(column_norms(x), torch.linalg.vector_norm(x.double(), dim=-2).float(), rtol=1e-5)
+    rows, columns = square_sums(x)
+    assert torch.allclose(rows, x.double().square().sum(-1).float(), rtol=1e-5)
+    assert torch.allclose(columns, x.double().square().sum(-2).float(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_not_finite_is_seen_wherever_it_is(value: float) -> None:
+    for size, place in ((1, 0), (4096, 4095), (10_000, 9_999), (10_000, 5_000)):
+        grad = torch.zeros(size)
+        grad[place] = value
+        with pytest.raises(NonFinite, match="the gradient of w holds"):
+            Guard().admit([torch.ones(7), grad], ["v", "w"])
 
 
 def test_threads_do_not_change_a_result() -> None:
@@ -164,9 +173,11 @@ import numba.core.caching as caching
 caching.CacheImpl._locator_classes = []
 import torch
 from mango import LayerPlan, Mango, codecs, native
+from mango.errors import NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.native import optim as loops
-from mango.optim.layers import column_norms
+from mango.optim.guard import Guard
+from mango.optim.layers import square_sums
 from mango.subspace import gaussian
 codec = codecs.get("nf4")
 assert native.ready(torch.device("cpu"))

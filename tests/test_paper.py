@@ -9,9 +9,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_notebooks import ROOT, TIER, executed, tiny_results
+
+from mango.planner import plan
 
 PAPER = ROOT / "paper"
 SOURCES = [PAPER / "main.tex", *sorted((PAPER / "sections").glob("*.tex"))]
@@ -22,6 +25,7 @@ import paper_claims  # noqa: E402
 import paper_experiments  # noqa: E402
 import paper_generate  # noqa: E402
 import paper_numbers  # noqa: E402
+import paper_plan  # noqa: E402
 import paper_theory  # noqa: E402
 
 # What may hold digits in running text, and why.
@@ -51,6 +55,10 @@ def generated() -> Path:
     """What paper_generate writes from the notebooks' real, tiny runs."""
     for name in ("01_cifar10", "02_theory", "03_optimizer", "05_policy"):
         executed(name)
+    for gpu in ("rtx4090", "rtx5090"):
+        path = tiny_results() / TIER / "plan" / f"d1-{gpu}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(plan("d1", gpu, seq=64).plain()))
     out = tiny_results().parent / "generated"
     assert paper_generate.main(["--tier", TIER, "--results", str(tiny_results()), "--out", str(out)]) == 0
     return out
@@ -297,6 +305,41 @@ def test_the_table_of_claims_names_rules_that_exist() -> None:
             assert 'f"notebook_{notebook}"' in rules and f'"{claim.rule.removeprefix("notebook_")}": ' in rules, claim.rule
         else:
             assert f"rule {claim.rule}:" in rules, claim.rule
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+def planned(**fits: dict[str, int]) -> list[dict[str, Any]]:
+    """Reports of two cards on which these methods fit, with their longest contexts."""
+    reports = paper_plan.read(tiny_results() / TIER / "plan")
+    changed = []
+    for report in reports:
+        longest = fits[report["gpu"].partition(",")[0].replace(" ", "").lower()]
+        rows = [row | {"fits": row["method"] in longest, "longest": longest.get(row["method"], 0)} for row in report["rows"]]
+        changed.append({**report, "rows": rows})
+    return changed
+
+
+def test_what_fits_is_said_from_the_planners_report() -> None:
+    generated()
+    reports = planned(rtx4090={"mango-budget": 1500}, rtx5090={"galore": 900, "mango": 700, "mango-budget": 800})
+    first, second = (paper_plan.outcome(report) for report in reports)
+    assert "with plans chosen for the card fits, and no other method does; the longest context is \\num{1500} tokens, by Mango" in first
+    assert "\\num{3} of the \\num{11} fit; the longest context is \\num{900} tokens, by GaLore." in second and "no other" not in second
+    assert paper_plan.outcome(planned(rtx4090={}, rtx5090={})[0]).endswith("no method fits.")
+    rows = paper_plan.rows(reports)
+    assert len(rows) == 12 and [row[-4:] for row in rows[-2:]] == [["yes", r"\num{1500}", "", ""], ["", "", "yes", r"\num{800}"]]
+    assert len(paper_plan.head(reports)[1]) == len(rows[0]) and rows[-1][0].endswith("of 32 GB")
+
+
+def test_plans_of_different_cases_are_not_put_in_one_table(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run the rule plan first"):
+        paper_plan.read(tmp_path)
+    for seq in (64, 128):
+        (tmp_path / f"{seq}.json").write_text(json.dumps({"model": "a", "seq": seq, "batch": 1, "dtype": "bf16", "total": seq}))
+    with pytest.raises(ValueError, match="differ in seq"):
+        paper_plan.read(tmp_path)
 
 
 # ---------------------------------------------------------------- the PDF

@@ -7,6 +7,7 @@ REGISTRY = Registry(
     {
         "codecs": "mango.bench.codecs:run",
         "optimizers": "mango.bench.optimizers:run",
+        "training": "mango.bench.training:run",
     },
 )
 

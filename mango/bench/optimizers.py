@@ -1,4 +1,4 @@
-"""``mango bench optimizers``: step time and state bytes beside peers', on twelve matrices and random gradients."""
+"""``mango bench optimizers``: step time and state bytes beside peers', on twelve matrices or a small GPT, and random gradients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from mango import optim
 from mango.bench.timing import paired
 from mango.errors import ConfigError
+from mango.models.gpt import GPT
 from mango.subspace import gaussian
 
 SHAPES = ((1024, 1024),) * 4 + ((4096, 1024),) * 4 + ((1024, 4096),) * 4  # 37.7 million values: four blocks of width 1024
 BASE = "adamw"  # the ratio's denominator
+ENDS = ("embedding", "head")  # left to AdamW, as Muon's and GaLore's authors do
 
 Row = dict[str, str | float | int]
 
@@ -37,10 +39,24 @@ def candidates(rank: int) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
+def matrices() -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the twelve matrices."""
+    return {f"matrix {index}": shape for index, shape in enumerate(SHAPES)}
+
+
+def nanochat() -> dict[str, tuple[int, ...]]:
+    """Of a nanochat of six layers: 61 million values, of which 10.6 million in the blocks and the rest in embedding and head."""
+    with torch.device("meta"):
+        return {name: tuple(param.shape) for name, param in GPT(65536, depth=6, width=384, heads=3).named_parameters()}
+
+
+MODELS = {"matrices": matrices, "nanochat": nanochat}
+
+
 def run(
     rank: int = 128,
     repeats: int = 5,
-    shapes: Sequence[tuple[int, int]] = SHAPES,
+    model: str | Mapping[str, tuple[int, ...]] = "matrices",
     names: Sequence[str] | None = None,
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
@@ -52,7 +68,7 @@ def run(
     Args:
         rank: for the methods that have one; Mango is also run at a quarter of it.
         repeats: steps that are timed.
-        shapes: of the weight matrices.
+        model: "matrices", "nanochat", or shapes by name. Parameters called embedding or head are left to AdamW by every method.
         names: rows to run, of ``candidates``; None = all. "adamw" is always run.
         device: where.
         progress: told the name of what is being prepared.
@@ -61,15 +77,18 @@ def run(
         Rows with name, ratio (median of paired step times over fused AdamW's), median_ms, worst_ms, first_ms, bytes_per_parameter.
 
     Raises:
-        ConfigError: for an unknown row or a rank that does not fit the shapes.
+        ConfigError: for an unknown row or model, or a rank that does not fit the shapes.
     """
     known = candidates(rank)
     for name in names or ():
         if name not in known:
             raise ConfigError.of("names", name, "one of " + ", ".join(known))
     chosen = {name: known[name] for name in known if names is None or name in names or name == BASE}
-    gradients = [gaussian(shape, (index,), device) for index, shape in enumerate(shapes)]
-    values = sum(gradient.numel() for gradient in gradients)
+    if isinstance(model, str) and model not in MODELS:
+        raise ConfigError.of("model", model, "one of " + ", ".join(MODELS))
+    shapes = MODELS[model]() if isinstance(model, str) else model
+    gradients = {name: gaussian(shape, (index,), device) for index, (name, shape) in enumerate(shapes.items())}
+    values = sum(gradient.numel() for gradient in gradients.values())
     steps: dict[str, Callable[[], object]] = {}
     first: dict[str, float] = {}
     optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -95,10 +114,11 @@ def run(
     ]
 
 
-def _optimizer(method: str, gradients: Sequence[Tensor], options: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _optimizer(method: str, gradients: Mapping[str, Tensor], options: Mapping[str, Any]) -> torch.optim.Optimizer:
     named = []
-    for index, gradient in enumerate(gradients):
+    for name, gradient in gradients.items():
         param = nn.Parameter(torch.zeros_like(gradient))
         param.grad = gradient
-        named.append((f"matrix {index}", param))
-    return optim.build(method, named, lr=1e-3, **options)
+        named.append((name, param))
+    exclude = [end for end in ENDS if any(end in name for name in gradients)]
+    return optim.build(method, named, lr=1e-3, exclude=exclude, **options)

@@ -149,7 +149,7 @@ class AbsmaxCodec(Codec):
 
     @abstractmethod
     def level_array(self) -> np.ndarray:
-        """The levels by code, float32."""
+        """What the compiled loop looks codes up in: levels (256,) float32, or the two levels of a byte as (256,) float64."""
 
     @abstractmethod
     def _lookup(self, codes: Tensor, n: int) -> Tensor:

@@ -91,11 +91,6 @@ def _gaps(levels: tuple[float, ...], device: torch.device) -> Gaps:
 
 
 @cache
-def _level_array(levels: tuple[float, ...]) -> np.ndarray:
-    return np.array(levels, dtype=np.float32)
-
-
-@cache
 def _pair_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """The two levels that a byte holds, as the 8 bytes of one float64, (256,): one look-up decodes two values."""
     level = torch.tensor(levels, dtype=torch.float32, device=device)
@@ -177,7 +172,7 @@ class FourBit(AbsmaxCodec):
         return compiled.decode_nibbles
 
     def level_array(self) -> np.ndarray:
-        return _level_array(self.levels)
+        return _pair_table(self.levels, torch.device("cpu")).numpy()
 
     def _lookup(self, codes: Tensor, n: int) -> Tensor:
         return _pair_table(self.levels, codes.device).index_select(0, codes.to(torch.int32)).view(torch.float32)[:n]

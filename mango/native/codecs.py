@@ -105,13 +105,15 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
 
 
 @compiled
-def decode_nibbles(first: int, last: int, codes: Array, scales: Array, block: int, levels: Array, out: Array) -> None:
-    """out (n,) float32 = level * scale, 0 where the scale is not above 1e-38. levels: (16,) float32 by code."""
+def decode_nibbles(first: int, last: int, codes: Array, scales: Array, block: int, pairs: Array, out: Array) -> None:
+    """out (n,) float32 = level * scale, 0 where the scale is not above 1e-38. pairs: (256,) float64, whose 8 bytes are two levels."""
+    wide = np.empty(block // 2, np.float64)  # apart from the product, as a look-up has no vector instruction
+    level = wide.view(np.float32)
     for b in range(first, last):
-        pairs, values = codes[b * block // 2 : ((b + 1) * block) // 2], out[b * block : (b + 1) * block]
+        values = out[b * block : (b + 1) * block]
+        found = codes[b * block // 2 : (b * block + values.size + 1) // 2]
         scale = scales[b] if scales[b] > TINY else ZERO
-        for k in range(values.size // 2):
-            values[2 * k] = levels[pairs[k] >> 4] * scale
-            values[2 * k + 1] = levels[pairs[k] & 15] * scale
-        if values.size % 2:
-            values[values.size - 1] = levels[pairs[values.size // 2] >> 4] * scale
+        for k in range(found.size):
+            wide[k] = pairs[found[k]]
+        for i in range(values.size):
+            values[i] = level[i] * scale

@@ -1,6 +1,6 @@
 """The passes of Mango's step over whole matrices, each in one sweep where torch makes several.
 
-``compensate`` and ``apply`` compute the bits of their torch twins; ``column_squares`` adds in another order.
+``compensate`` and ``apply`` compute the bits of their torch twins; ``squares`` adds and ``moments`` rounds in another order.
 """
 
 from __future__ import annotations
@@ -9,56 +9,83 @@ from typing import Any
 
 import numpy as np
 
-from mango.native.codecs import TINY, ZERO
-from mango.native.jit import compiled
+from mango.native.codecs import ONE, TINY, ZERO
+from mango.native.jit import compiled, summing
 
 Array = np.ndarray[Any, np.dtype[Any]]
-TILE = 512  # columns whose sums stay in the first cache
+PART = 4096  # values that are summed together
+BAND = 64  # rows whose columns are summed together
 
 
 @compiled
-def compensate(first: int, last: int, codes: Array, scales: Array, block: int, levels: Array, g: Array, sign: float, out: Array) -> None:
+def compensate(first: int, last: int, codes: Array, scales: Array, block: int, pairs: Array, g: Array, sign: float, out: Array) -> None:
     """out = decode(codes) + sign * g, blocks ``first`` to ``last``. g, out: (n,) float32, whole blocks; see ``decode_nibbles``."""
+    wide = np.empty(block // 2, np.float64)
+    level = wide.view(np.float32)
     for b in range(first, last):
         begin, end = b * block, (b + 1) * block
-        pairs, values = codes[begin // 2 : end // 2], out[begin:end]
-        grads = g[begin:end]
+        found, values, grads = codes[begin // 2 : end // 2], out[begin:end], g[begin:end]
         scale = scales[b] if scales[b] > TINY else ZERO
-        for k in range(pairs.size):
-            values[2 * k] = levels[pairs[k] >> 4] * scale
-            values[2 * k + 1] = levels[pairs[k] & 15] * scale
+        for k in range(found.size):
+            wide[k] = pairs[found[k]]
         for i in range(values.size):
-            values[i] += sign * grads[i]
+            values[i] = level[i] * scale + sign * grads[i]
 
 
 @compiled
-def apply(first: int, last: int, w: Array, h: Array, scale: Array, by_row: bool, bits: Array, shift: int, decay: float) -> None:
-    """w = decay w + (scale h + q), rows ``first`` to ``last``.
+def squares(first: int, last: int, h: Array, rows: Array, columns: Array) -> None:
+    """Sums of the squares of h (rows, cols), bands ``first`` to ``last`` of BAND rows.
 
-    w, h: (rows, cols) float32; scale: (rows,) or (cols,) float32; bits: q (rows, cols), float32 as uint32 with shift 0, or bfloat16 as
-    uint16 with shift 16, which are its upper bits.
+    rows: (rows,) float32, along each row, written; columns: (bands, cols) float32, down each column of a band, written. Whoever adds
+    the bands gets one result for any number of threads; torch's reduction over columns is ten times slower.
     """
-    wide = np.empty(w.shape[1], np.uint32)
-    q = wide.view(np.float32)
-    for i in range(first, last):
-        weights, values, row = w[i], h[i], bits[i]
-        for j in range(wide.size):
-            wide[j] = np.uint32(row[j]) << np.uint32(shift)
-        if by_row:
-            for j in range(weights.size):
-                weights[j] = weights[j] * decay + (values[j] * scale[i] + q[j])
-        else:
-            for j in range(weights.size):
-                weights[j] = weights[j] * decay + (values[j] * scale[j] + q[j])
+    for band in range(first, last):
+        sums = columns[band]
+        sums[:] = ZERO
+        for i in range(band * BAND, min((band + 1) * BAND, h.shape[0])):
+            values = h[i]
+            for j in range(values.size):
+                sums[j] += values[j] * values[j]
+            rows[i] = _sum_of_squares(values)
 
 
 @compiled
-def column_squares(first: int, last: int, h: Array, out: Array) -> None:
-    """Squared norms of the columns of h (rows, cols), tiles ``first`` to ``last``, (cols,); torch's reduction is ten times slower."""
-    for t in range(first, last):
-        sums = np.zeros(min(TILE, h.shape[1] - t * TILE), np.float32)
-        for i in range(h.shape[0]):
-            values = h[i, t * TILE : t * TILE + sums.size]
-            for j in range(sums.size):
-                sums[j] += values[j] * values[j]
-        out[t * TILE : t * TILE + sums.size] = sums
+def sums_of_squares(first: int, last: int, x: Array, out: Array) -> None:
+    """Of x (n,) float32 in parts of PART values, ``first`` to ``last``; not finite where a value is not, or is above 1e19."""
+    for part in range(first, last):
+        out[part] = _sum_of_squares(x[part * PART : (part + 1) * PART])
+
+
+@summing
+def _sum_of_squares(values: Array) -> Any:
+    total = ZERO
+    for j in range(values.size):
+        total += values[j] * values[j]
+    return total
+
+
+@compiled
+def apply(first: int, last: int, w: Array, h: Array, by_row: Array, by_column: Array, decay: float) -> None:
+    """w = decay w + by_row h by_column, rows ``first`` to ``last``; w, h: (rows, cols), by_row: (rows,), by_column: (cols,), float32."""
+    for i in range(first, last):
+        weights, values, scale = w[i], h[i], by_row[i]
+        for j in range(weights.size):
+            weights[j] = weights[j] * decay + values[j] * scale * by_column[j]
+
+
+@compiled
+def moments(
+    first: int, last: int, m: Array, v: Array, u: Array, new: Array, beta: Array, old: Array, unbias: Array, eps: float, adam: Array
+) -> None:
+    """Adam's moments and direction, rows ``first`` to ``last`` of (rows, n) float32 arrays.
+
+    m = beta m + c u and v = sqrt(beta v + c u u), with c = (1 - beta) + new old; adam = (m / unbias[0]) / (v / unbias[1] + eps).
+    new: (rows,) float32; beta, old, unbias: (2,) float32, for the first and the second moment.
+    """
+    for i in range(first, last):
+        mean, root, values, found = m[i], v[i], u[i], adam[i]
+        c1, c2 = (ONE - beta[0]) + new[i] * old[0], (ONE - beta[1]) + new[i] * old[1]
+        for j in range(values.size):
+            mean[j] = beta[0] * mean[j] + c1 * values[j]
+            root[j] = np.sqrt(beta[1] * root[j] + c2 * (values[j] * values[j]))
+            found[j] = (mean[j] / unbias[0]) / (root[j] / unbias[1] + eps)

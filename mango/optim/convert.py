@@ -50,6 +50,7 @@ def convert(
       first moment is zero, and its second is taken to be that of the weakest direction that was tracked, so that its first steps are too
       short rather than too long. Then both are encoded anew.
     - Error: decoded and encoded anew.
+    - Mean squares of the residual: kept; where they are new they start at zero, and the residual's strength now takes their place.
 
     Dropped: momentum along directions that a smaller rank gives up; the kept error where the new plan keeps none, and in a change to plain
     AdamW, which has no place for it; what a coarser codec rounds away. The count of steps stays, so bias correction and scouts go on.
@@ -87,9 +88,11 @@ def convert(
     kept = [None] * 3 if source is None else [source.basis, source.first, source.second_root]
     for (store, values), stored in zip(stores, kept, strict=True):
         _store(store, stored, values, generator, name)
-    error = None if source is None else source.error.store
-    if target.error.store is not None and error is not None:
-        _store(target.error.store, error, error.read(), generator, name)
+    if source is not None:
+        pairs = [(target.error.store, source.error.store), (target.rows_sq, source.rows_sq), (target.cols_sq, source.cols_sq)]
+        for store, stored in pairs:
+            if store is not None and stored is not None:
+                _store(store, stored, stored.read(), generator, name)
     return {"step": state["step"], **target.views(0, target.layers)}
 
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mango import native
 from mango.errors import NonFinite
+from mango.native.threads import run
 
 
 class Guard:
@@ -27,9 +29,8 @@ class Guard:
         admitted = list(grads)
         for device in dict.fromkeys(grad.device for grad in grads):
             places = [place for place, grad in enumerate(grads) if grad.device == device]
-            # the norm of a tensor is not finite when one value is not; on CUDA in float32, in which values above 1e19 overflow it too
-            norms = torch._foreach_norm([grads[place] for place in places], dtype=torch.float32)
-            finite = torch.stack(norms).isfinite()  # (len(places),)
+            # the norm of a tensor is not finite when one value is not; in float32, in which values above 1e19 overflow it too
+            finite = _norms([grads[place] for place in places]).isfinite()  # (len(places),)
             if device.type == "cuda":
                 verdict = torch.empty(len(places), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
                 event = torch.cuda.Event()
@@ -55,3 +56,17 @@ class Guard:
         if names:
             more = f" and {len(names) - 5} others" if len(names) > 5 else ""
             raise NonFinite(f"the gradient of {', '.join(names[:5])}{more} holds NaN or infinity")
+
+
+def _norms(grads: Sequence[Tensor]) -> Tensor:
+    """Norms of tensors on one device, or their squares where loops are compiled, (len(grads),) float32."""
+    if not (native.ready(grads[0].device) and all(grad.dtype == torch.float32 and grad.is_contiguous() for grad in grads)):
+        return torch.stack(torch._foreach_norm(list(grads), dtype=torch.float32))
+    from mango.native import optim
+
+    squares = []
+    for grad in grads:
+        parts = torch.empty(-(-grad.numel() // optim.PART))
+        run(optim.sums_of_squares, len(parts), optim.PART, grad.view(-1).numpy(), parts.numpy())
+        squares.append(parts.sum())
+    return torch.stack(squares)

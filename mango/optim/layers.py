@@ -21,6 +21,7 @@ from mango.stacked import Stacked
 from mango.subspace import (
     counter_generator,
     half_step,
+    large,
     matmul,
     power_step,
     rotate_moments,
@@ -38,17 +39,23 @@ def bfloat16_units(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def column_norms(x: Tensor) -> Tensor:
-    """Norms of the columns of x (layers, rows, cols) float32, (layers, cols)."""
+def plain(param: Tensor) -> bool:
+    """Whether a parameter is written in place as a float32 matrix."""
+    return param.dtype == torch.float32 and param.is_contiguous()
+
+
+def square_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the squares of x (layers, rows, cols) float32 along each row, (layers, rows), and down each column, (layers, cols)."""
     if not native.ready(x.device):
-        return torch.linalg.vector_norm(x, dim=-2)
+        return torch.linalg.vector_norm(x, dim=-1).square_(), torch.linalg.vector_norm(x, dim=-2).square_()
     from mango.native import optim
 
     layers, rows, cols = x.shape
-    squares = torch.empty(layers, cols)
-    for values, sums in zip(x.contiguous(), squares, strict=True):
-        run(optim.column_squares, -(-cols // optim.TILE), rows * optim.TILE, values.numpy(), sums.numpy())
-    return squares.sqrt_()
+    bands = -(-rows // optim.BAND)
+    along, down = torch.empty(layers, rows), torch.empty(layers, bands, cols)
+    for values, by_row, by_band in zip(x.contiguous(), along, down, strict=True):
+        run(optim.squares, bands, optim.BAND * cols, values.numpy(), by_row.numpy(), by_band.numpy())
+    return along, down.sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -104,14 +111,18 @@ class LayerStack:
         self.first = Stacked(plan.moment_codec, layers, (self.rank, self.large), device)
         # the root halves the decades that the codec must span, and its error is relative in the update's denominator
         self.second_root = Stacked(plan.moment_codec, layers, (self.rank, self.large), device)
+        # mean squares of the residual along its rows and down its columns
+        self.factored = plan.residual and plan.scaling == "factored" and self.rank < self.small
+        self.rows_sq = Stacked("fp32", layers, (rows,), device) if self.factored else None
+        self.cols_sq = Stacked("fp32", layers, (cols,), device) if self.factored else None
         self.error = ErrorBuffer(plan.error, plan.error_codec, layers, (rows, cols), device)
         self.factor = codecs.get(plan.factor_codec) if plan.factor_codec else None
 
     def parts(self) -> dict[str, Tensor]:
         """Every stored tensor as "quantity.part", views (layers, …)."""
         stores = {"basis": self.basis, "exp_avg": self.first, "exp_avg_sq_root": self.second_root}
-        if self.error.store is not None:
-            stores["error"] = self.error.store
+        optional = {"residual_rows_sq": self.rows_sq, "residual_cols_sq": self.cols_sq, "error": self.error.store}
+        stores |= {quantity: store for quantity, store in optional.items() if store is not None}
         return {f"{quantity}.{part}": tensor for quantity, store in stores.items() for part, tensor in store.parts().items()}
 
     def views(self, first: int, count: int) -> dict[str, Tensor]:
@@ -148,27 +159,32 @@ class LayerStack:
 
         old = self.basis.read()  # (layers, m, r)
         basis = self._track(a, old, hyper, generators).to(low.dtype)
-        exact = matmul(basis.mT, a).float()  # (layers, r, n)
+        # (layers, r, n); of a tall matrix, products in the other order are a seventh faster
+        exact = matmul(basis.mT, low).float() if self.rows <= self.cols else matmul(low, basis).mT.float().contiguous()
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
         adam = self._moments(u, rotation(as_used, old), hyper)
         found = diagnose(self, h, as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
-        product = workspace.take("product", shape, low.dtype)
-        residual = self.plan.residual and self.rank < self.small
         scale, along = None, adam
-        if self.error.store is not None:
-            h.sub_(self._product(basis, u, product))  # H - PU
-            self.error.keep(h, generator=generator)
-            if residual:
-                scale = self._residual_scale(self._norms(h), u, adam)
-        elif residual:  # nothing else needs H - PU: D = H s + P (A - U s), and the residual's norm by Pythagoras
-            left = (self._norms(h).square() - column_norms(exact).square()).clamp_min(0.0).sqrt()
-            scale = self._residual_scale(left, u, adam)
-            along = adam.addcmul_(u, scale.unsqueeze(-2), value=-1.0)
-        scale = None if scale is None else scale.mul_(-hyper.lr)
-        self._apply(params, h, scale, self._product(basis, along.mul_(-hyper.lr), product), hyper, workspace)
+        if self.error.store is not None or self.factored:
+            left = self._missed(h, basis, u, workspace)  # H - PU
+            self.error.keep(left, generator=generator)
+            if self.factored:
+                scale = self._factored_scale(left, adam, hyper)
+            elif self.plan.residual and self.rank < self.small:
+                scale = self._column_scale(self._across(square_sums(left)), u, adam)
+        elif self.plan.residual and self.rank < self.small:  # nothing needs H - PU: D = H s + P (A - U s), its norm by Pythagoras
+            left = h
+            missed = self._across(square_sums(h)) - square_sums(exact)[1]
+            scale = self._column_scale(missed.clamp_min(0.0), u, adam)
+            along = adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
+        if scale is not None:
+            self._scale_into(params, left, scale, hyper, workspace)
+        elif hyper.lr * hyper.weight_decay:
+            torch._foreach_mul_(list(params), 1.0 - hyper.lr * hyper.weight_decay)
+        self._product_into(params, basis, along, hyper, workspace)
         return found
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor:
@@ -194,36 +210,54 @@ class LayerStack:
             return power_step(old, a, scouts)[0]
         return half_step(a, scouts if fresh == self.rank else torch.cat([self.first.read()[:, : self.rank - fresh], scouts], dim=-2))
 
-    def _product(self, basis: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-        """basis @ factor in the orientation of the parameters, (layers, rows, cols)."""
+    def _oriented(self, basis: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Two operands whose product is basis @ factor in the orientation of the parameters, (layers, rows, cols)."""
         factor = factor.to(basis.dtype)
-        return matmul(basis, factor, out) if self.rows <= self.cols else matmul(factor.mT, basis.mT, out)
+        return (basis, factor) if self.rows <= self.cols else (factor.mT, basis.mT)
 
-    def _norms(self, h: Tensor) -> Tensor:
-        """Norms over the smaller dimension of h (layers, rows, cols), (layers, n)."""
-        return torch.linalg.vector_norm(h, dim=-1) if self.rows > self.cols else column_norms(h)
+    def _missed(self, h: Tensor, basis: Tensor, u: Tensor, workspace: Workspace) -> Tensor:
+        """H - PU (layers, rows, cols), in the place of H unless that is the gradient itself."""
+        one, other = self._oriented(basis, u)
+        if one.dtype != torch.float32:
+            product = matmul(one, other, workspace.take("product", tuple(h.shape), one.dtype))
+            return torch.sub(h, product, out=workspace.take("h", tuple(h.shape), torch.float32))
+        left = workspace.take("h", tuple(h.shape), torch.float32)
+        if not large(one[0], other[0]):
+            return torch.baddbmm(h, one, other, alpha=-1.0, out=left)
+        for values, a, b, out in zip(h, one, other, left, strict=True):
+            torch.addmm(values, a, b, alpha=-1.0, out=out)
+        return left
 
-    def _apply(
-        self, params: Sequence[Tensor], h: Tensor, scale: Tensor | None, product: Tensor, hyper: Hyper, workspace: Workspace
-    ) -> None:
-        """W <- (1 - lr weight_decay) W + (H diag(scale) + product); ``scale`` and ``product`` hold the learning rate."""
-        decay = 1.0 - hyper.lr * hyper.weight_decay
-        ready = all(param.dtype == torch.float32 and param.is_contiguous() for param in params)
-        if scale is not None and ready and native.ready(self.device):
+    def _across(self, sums: tuple[Tensor, Tensor]) -> Tensor:
+        """Of something along rows and down columns: that over the smaller dimension, (layers, n)."""
+        return sums[1] if self.rows <= self.cols else sums[0]
+
+    def _scale_into(self, params: Sequence[Tensor], left: Tensor, scale: tuple[Tensor, Tensor], hyper: Hyper, workspace: Workspace) -> None:
+        """W <- (1 - lr weight_decay) W - lr diag(scale[0]) left diag(scale[1]); scales (layers, rows), (layers, cols)."""
+        decay, (by_row, by_column) = 1.0 - hyper.lr * hyper.weight_decay, (scale[0] * -hyper.lr, scale[1])
+        if native.ready(self.device) and all(plain(param) for param in params):
             from mango.native import optim
 
-            kind, shift = (torch.uint16, 16) if product.dtype == torch.bfloat16 else (torch.uint32, 0)
-            for param, values, by, bits in zip(params, h, scale, product.view(kind), strict=True):
-                weights = param.detach().view(self.rows, self.cols).numpy()
-                arrays = (weights, values.numpy(), by.numpy(), self.rows > self.cols, bits.numpy(), shift, np.float32(decay))
+            for param, values, along, down in zip(params, left, by_row, by_column, strict=True):
+                arrays = (param.detach().view(self.rows, self.cols).numpy(), values.numpy(), along.numpy(), down.numpy(), np.float32(decay))
                 run(optim.apply, self.rows, self.cols, *arrays)
             return
-        step = product
-        if scale is not None:
-            by_column = scale.unsqueeze(-2 if self.rows <= self.cols else -1)
-            step = torch.mul(h, by_column, out=workspace.take("h", tuple(h.shape), torch.float32)).add_(product)
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
+        step = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("product", tuple(left.shape), torch.float32))
+        self._add(params, step.mul_(by_column.unsqueeze(-2)))
+
+    def _product_into(self, params: Sequence[Tensor], basis: Tensor, along: Tensor, hyper: Hyper, workspace: Workspace) -> None:
+        """W <- W - lr basis @ along, in the orientation of the parameters."""
+        one, other = self._oriented(basis, along.mul_(-hyper.lr))
+        if one.dtype == torch.float32 and large(one[0], other[0]) and all(plain(param) for param in params):
+            for param, a, b in zip(params, one, other, strict=True):  # a product that adds is as fast as one that does not
+                param.detach().view(self.rows, self.cols).addmm_(a, b)
+            return
+        self._add(params, matmul(one, other, workspace.take("product", (self.layers, self.rows, self.cols), one.dtype)))
+
+    @staticmethod
+    def _add(params: Sequence[Tensor], step: Tensor) -> None:
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(step.unbind(0), params, strict=True)])
 
     def _moments(self, u: Tensor, r: Tensor, hyper: Hyper) -> Tensor:
@@ -238,26 +272,83 @@ class LayerStack:
         dtype = torch.bfloat16 if self._halves(hyper) else torch.float32
         moments = (self.first.read(), self.second_root.read().square_())
         m, v = (moment.float() for moment in rotate_moments(r.to(dtype), *(moment.to(dtype) for moment in moments)))
-        new = (1.0 - r.square().sum(dim=-1, keepdim=True)).clamp_(0.0, 1.0)  # (layers, r, 1)
-        # beta1 (m + new (1 - beta1^(t-1)) u) + (1 - beta1) u, and so for v
-        m.mul_(beta1).addcmul_(new * (beta1 * (1.0 - beta1 ** (hyper.step - 1))) + (1.0 - beta1), u)
-        v.mul_(beta2).addcmul_(new * (beta2 * (1.0 - beta2 ** (hyper.step - 1))) + (1.0 - beta2), u.square())
-        root = v.sqrt_()
+        new = (1.0 - r.square().sum(dim=-1)).clamp_(0.0, 1.0)  # (layers, r)
+        old = beta1 * (1.0 - beta1 ** (hyper.step - 1)), beta2 * (1.0 - beta2 ** (hyper.step - 1))
+        unbias = 1.0 - beta1**hyper.step, (1.0 - beta2**hyper.step) ** 0.5
+        adam = self._adam(m, v, u, new, hyper, old, unbias)
         self.first.write(m)
-        self.second_root.write(root)
-        unbias = 1.0 - beta1**hyper.step
-        return m.div_(root.mul_(unbias / (1.0 - beta2**hyper.step) ** 0.5).add_(hyper.eps * unbias))
+        self.second_root.write(v)
+        return adam
 
-    def _residual_scale(self, left: Tensor, u: Tensor, adam: Tensor) -> Tensor:
-        """Column scales (layers, n) of the residual H - PU whose column norms are ``left`` (layers, n): Fira's ‖A_j‖ / ‖U_j‖, bounded.
+    def _adam(
+        self, m: Tensor, v: Tensor, u: Tensor, new: Tensor, hyper: Hyper, old: tuple[float, float], unbias: tuple[float, float]
+    ) -> Tensor:
+        """The direction; m becomes the first moment and v the root of the second: beta (m + new (1 - beta^(t-1)) u) + (1 - beta) u."""
+        beta1, beta2 = hyper.betas
+        if native.ready(self.device):
+            from mango.native import optim
+
+            adam = torch.empty_like(u)
+            numbers = (np.array(pair, np.float32) for pair in (hyper.betas, old, unbias))
+            arrays = (part.view(-1, self.large).numpy() for part in (m, v, u.contiguous()))
+            run(
+                optim.moments,
+                self.layers * self.rank,
+                self.large,
+                *arrays,
+                new.reshape(-1).numpy(),
+                *numbers,
+                np.float32(hyper.eps),
+                adam.view(-1, self.large).numpy(),
+            )
+            return adam
+        new = new.unsqueeze(-1)
+        m.mul_(beta1).addcmul_(new * old[0] + (1.0 - beta1), u)
+        v.mul_(beta2).addcmul_(new * old[1] + (1.0 - beta2), u.square()).sqrt_()
+        return (m / unbias[0]).div_((v / unbias[1]).add_(hyper.eps))
+
+    def _factored_scale(self, left: Tensor, adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+        """Scales along rows (layers, rows) and down columns (layers, cols) of the residual: Adafactor's (arXiv:1804.04235), bounded.
+
+        Adafactor divides by the roots of running means of squares, rows times columns over their mean, so that every row and column of
+        what the basis missed is stepped alike, however its strength is spread; Fira's one scale for each column leaves the rows as
+        uneven as they are. Two bounds, where Adafactor clips the whole update: a row or column that has become stronger than its mean
+        counts with its strength now; and per dimension the residual is stepped no further than the captured part, the sum of its
+        squares over (m - r) n at most that of A over r n.
+        """
+        assert self.rows_sq is not None and self.cols_sq is not None
+        beta2 = hyper.betas[1]
+        along, down = square_sums(left)
+        # (layers, rows), (layers, cols); sums that overflow must not stay infinite in the means
+        now = (along / self.cols).clamp_max_(1e37), (down / self.rows).clamp_max_(1e37)
+        means = []
+        for store, seen in zip((self.rows_sq, self.cols_sq), now, strict=True):
+            mean = store.read().lerp_(seen, 1.0 - beta2)
+            store.write(mean)
+            means.append(torch.maximum(mean / (1.0 - beta2**hyper.step), seen).clamp_min_(1e-30))
+        rows, cols = means
+        # (layers, 1); the two means are one number until the stronger is taken, and either alone would depend on the orientation
+        middle = rows.mean(dim=-1, keepdim=True).sqrt() * cols.mean(dim=-1, keepdim=True).sqrt()
+        # mean square of what is stepped, as if squares of the residual were products of row and column
+        strength = middle / now[0].mean(dim=-1, keepdim=True).clamp_min(1e-30)
+        strength = strength * (now[0] / rows).mean(dim=-1, keepdim=True) * (now[1] / cols).mean(dim=-1, keepdim=True)
+        captured = adam.square().mean(dim=(-2, -1)).unsqueeze(-1)  # of r n values
+        most = captured * ((self.small - self.rank) / self.small)
+        bound = (most / strength.clamp_min(1e-30)).sqrt_().clamp_max_(1.0)
+        return (middle / rows).sqrt_() * bound, cols.rsqrt()
+
+    def _column_scale(self, missed: Tensor, u: Tensor, adam: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, from squared column norms of the residual (layers, n): Fira's ‖A_j‖ / ‖U_j‖ (arXiv:2410.01623), bounded.
 
         Fira's ratio has no bound where a column of U happens to be small, and Fira then limits the growth of the whole
         residual from step to step. We bound each column instead: per dimension the residual is never stepped further than the captured
         part, ‖s_j (H - PU)_j‖ / sqrt(m - r) <= ‖A_j‖ / sqrt(r). That needs no state and does not depend on the scale of a column.
         """
-        bound = torch.maximum(column_norms(u), (self.rank / (self.small - self.rank)) ** 0.5 * left)
+        bound = torch.maximum(square_sums(u)[1], self.rank / (self.small - self.rank) * missed).sqrt_()
         # a dead column (zero gradient, momentum left) must give a finite scale: infinity times its zero residual is not a number
-        return column_norms(adam) / bound.clamp_min(1e-30)
+        scale = square_sums(adam)[1].sqrt_() / bound.clamp_min_(1e-30)
+        ones = torch.ones(self.layers, self.small, device=self.device)
+        return (ones, scale) if self.rows <= self.cols else (scale, ones)
 
     def certified(self, hyper: Hyper) -> float:
         """T3 and T4: the contraction that H -> P q(PᵀH) has for every H, in expectation over the scouts.

@@ -42,17 +42,19 @@ class Mango(torch.optim.Optimizer):
         M &= \beta_1 R M + (1-\beta_1) U, \quad
         V = \beta_2 (R \circ R) V + (1-\beta_2) U \circ U && \text{rows new to the basis start from U} \\
         A &= \hat M / (\sqrt{\hat V} + \epsilon) \\
-        D &= P A + (H - P U)\,\mathrm{diag}(\|A_{:j}\| / \|U_{:j}\|) && \text{residual direction, its scales bounded} \\
-        E &= H - P U                                && \text{kept as the plan says} \\
+        F &= H - P U, \quad a = \mathrm{mean}_j F_{ij}^2, \quad b = \mathrm{mean}_i F_{ij}^2 && \text{running means too, (m), (n)} \\
+        D &= P A + s F / \sqrt{a b^\top / \bar a} && \text{residual direction, s at most 1 and bounded by A} \\
+        E &= F                                      && \text{kept as the plan says} \\
         W &\leftarrow (1 - \eta\lambda) W - \eta D
 
     or, with ``power="half"``, P = orth(H [M', S]ᵀ) from the momentum. The map H -> PU contracts with T3's certificate in expectation over
     the scouts. Between steps only P, M, sqrt(V) and E are kept, each through the codec that the plan names. Tensors with fewer than two
     dimensions or 4096 values, and groups with ``plan=None``, are stepped by plain AdamW with float32 moments.
 
-    Sources: GaLore (arXiv:2403.03507) for Adam on a projected gradient, Fira (arXiv:2410.01623) for the residual's column scales, LDAdam
-    (arXiv:2410.16103) for moments that follow the basis and for the kept error. Departures: the basis moves every step by products alone,
-    never by an SVD; scouts; the residual is both stepped along and kept as error; the state is stored by codecs.
+    Sources: GaLore (arXiv:2403.03507) for Adam on a projected gradient, Fira (arXiv:2410.01623) for stepping along the residual,
+    Adafactor (arXiv:1804.04235) for its scales, LDAdam (arXiv:2410.16103) for moments that follow the basis and for the kept error.
+    Departures: the basis moves every step by products alone, never by an SVD; scouts; the residual is both stepped along and kept as
+    error; the state is stored by codecs.
 
     Args:
         params: parameters, (name, parameter) pairs as from ``model.named_parameters()``, or groups of either. A group may set any

@@ -13,6 +13,7 @@ from mango.feedback.buffer import KINDS
 
 SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
 POWERS = ("full", "half")
+SCALINGS = ("factored", "column")
 EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
 
 
@@ -45,7 +46,9 @@ class LayerPlan:
         moment_codec: how the moments of U are kept: the first as it is, the second as its square root.
         error: "codec", "gradient" or "none": where the part of H that the basis missed is kept (see mango.feedback.buffer).
         error_codec: the codec for ``error="codec"``.
-        residual: also step along the part of H that the basis missed, with the column scales of the adaptive part (Fira).
+        residual: also step along the part of H that the basis missed.
+        scaling: how that part is scaled: "factored", divided by the roots of the mean squares of its rows and columns (Adafactor), or
+            "column", by the adaptive part's length in each column (Fira), which needs no state and, without error, one product less.
     """
 
     rank: int | float = 1 / 8
@@ -57,6 +60,7 @@ class LayerPlan:
     error: str = "codec"
     error_codec: str = "nf4"
     residual: bool = True
+    scaling: str = "factored"
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int | float):
@@ -75,6 +79,8 @@ class LayerPlan:
             raise ConfigError.of("plan.error", self.error, "one of " + ", ".join(KINDS))
         if not isinstance(self.residual, bool):
             raise ConfigError.of("plan.residual", self.residual, "true or false")
+        if self.scaling not in SCALINGS:
+            raise ConfigError.of("plan.scaling", self.scaling, "one of " + ", ".join(SCALINGS))
 
     @classmethod
     def of(cls, value: LayerPlan | Mapping[str, Any]) -> LayerPlan:

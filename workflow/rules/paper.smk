@@ -9,6 +9,7 @@ rule numbers:
     input:
         numbers=expand(f"{RESULTS}/figures/{{notebook}}/numbers.json", notebook=NOTEBOOKS),
         theory=expand(f"{RESULTS}/theory/{{theorem}}.json", theorem=jobs.theorems(TIER_CONFIG)),
+        plans=PLANS,
         statements=jobs.unchecked_statements(TIER_CONFIG),
         reported="paper/reported.json",
     output:

@@ -199,6 +199,11 @@ def notebook_code(notebook: str) -> str:
     return digest([f"notebooks/{notebook}.ipynb", *shared])
 
 
+def planner_code() -> str:
+    """Hash of what computes a model's memory, and of the optimizers that it computes with."""
+    return digest(["mango.planner.report:plan"])
+
+
 def unchecked_statements(tier: TierConfig) -> list[str]:
     """Files of the theorems that the tier does not check: the paper prints their statements all the same."""
     return [f"{THEOREMS.module(name).replace('.', '/')}.py" for name in THEOREMS if name not in theorems(tier)]

@@ -5,10 +5,11 @@ Each function returns LaTeX in which numbers appear as ``\\val{key}``; nothing h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import paper_plan
 import paper_policy
 from paper_experiments import EXPERIMENTS, Sentences, count
 from paper_numbers import Numbers
@@ -28,7 +29,7 @@ class Evidence:
     guard: str
 
 
-def sentences(numbers: Numbers, records: Records, tier: str) -> str:
+def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Report], tier: str) -> str:
     """``claims.tex``."""
     found = {
         "abstract.theory": theory(records),
@@ -37,7 +38,7 @@ def sentences(numbers: Numbers, records: Records, tier: str) -> str:
         "limitations.scale": " ".join(Sentences(numbers, name).scale() for name in EXPERIMENTS),
         "limitations.energy": " ".join(Sentences(numbers, name).energy() for name in EXPERIMENTS),
         "reproducibility.compute": compute(numbers, records),
-    }
+    } | paper_plan.sentences(plans)
     for name in EXPERIMENTS:
         found |= Sentences(numbers, name).all()
     found |= paper_policy.sentences(numbers)
@@ -110,6 +111,14 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
                 "records validated against their schema when read",
             )
             for name, experiment in EXPERIMENTS.items()
+        ),
+        Evidence(
+            r"\Cref{tab:plan}: computed memory of a model that is not trained here",
+            "plan",
+            f"results/{tier}/plan/*.json",
+            "plan/",
+            None,
+            r"to the byte against optimizers, within five percent against the ledger: \path{tests/test_planner.py}",
         ),
         Evidence(
             r"\Cref{tab:theorems} and the figures of \cref{sec:theory}",

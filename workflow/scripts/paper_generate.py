@@ -2,7 +2,7 @@
 
     python workflow/scripts/paper_generate.py --tier laptop
 
-reads     results/<tier>/figures/<notebook>/{numbers.json,*.pdf}, results/<tier>/theory/T*.json, paper/reported.json,
+reads     results/<tier>/figures/<notebook>/{numbers.json,*.pdf}, results/<tier>/{theory,plan}/*.json, paper/reported.json,
           and with --benchmarks DIR the Snakemake benchmark files (*.tsv) under it
 writes    paper/generated/<tier>/{variables,theorems,claims,provenance}.tex, tables/*.tex, figures/<notebook>/*.pdf, numbers.json
 """
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # theory/ is read from the checkout that holds this script
 
 import paper_claims  # noqa: E402
+import paper_plan  # noqa: E402
 import paper_tables  # noqa: E402
 import paper_theory  # noqa: E402
 from paper_numbers import Numbers, escape  # noqa: E402
@@ -36,12 +37,16 @@ def generate(tier: str, results: Path, out: Path, benchmarks: Path | None) -> No
     """Write everything; what an earlier call left in the folder goes."""
     numbers = Numbers.read(results / tier / "figures")
     records = paper_theory.read(results / tier / "theory")
+    plans = paper_plan.read(results / tier / "plan")
     reported = json.loads((ROOT / "paper" / "reported.json").read_text())
     files: dict[str, str] = {
         "provenance.tex": provenance(numbers, tier),
         "theorems.tex": paper_theory.theorems(records),
-        "claims.tex": paper_claims.sentences(numbers, records, tier),
-        **{f"tables/{name}.tex": text for name, text in paper_tables.tables(numbers, records, reported, tier, seconds(benchmarks)).items()},
+        "claims.tex": paper_claims.sentences(numbers, records, plans, tier),
+        **{
+            f"tables/{name}.tex": text
+            for name, text in paper_tables.tables(numbers, records, plans, reported, tier, seconds(benchmarks)).items()
+        },
     }
     for stale in ("tables", "figures"):
         shutil.rmtree(out / stale, ignore_errors=True)

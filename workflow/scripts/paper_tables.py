@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import paper_claims
+import paper_plan
 import paper_policy
 from paper_experiments import EXPERIMENTS
 from paper_numbers import Numbers, escape, printed
@@ -22,7 +23,14 @@ def tabular(columns: str, head: Sequence[str], rows: Sequence[Sequence[str] | ob
     return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", title, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def tables(numbers: Numbers, records: Records, reported: Mapping[str, Any], tier: str, seconds: Mapping[str, float]) -> dict[str, str]:
+def tables(
+    numbers: Numbers,
+    records: Records,
+    plans: Sequence[paper_plan.Report],
+    reported: Mapping[str, Any],
+    tier: str,
+    seconds: Mapping[str, float],
+) -> dict[str, str]:
     """Every table by name."""
     experiments: dict[str, str] = {}
     for name in EXPERIMENTS:
@@ -34,6 +42,7 @@ def tables(numbers: Numbers, records: Records, reported: Mapping[str, Any], tier
     return experiments | {
         "theorems": theorem_table(records),
         "cases": cases(records),
+        "plan": tabular(*paper_plan.head(plans), paper_plan.rows(plans)),
         "claims": claims(numbers, records, tier, seconds),
         "policy": paper_policy.table(numbers),
         "reported": reported_table(reported),

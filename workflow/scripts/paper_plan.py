@@ -1,0 +1,105 @@
+"""The planner's table and its sentences: computed bytes of a model that was not trained, on several cards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paper_numbers import escape
+
+Report = Mapping[str, Any]
+GIB = 1 << 30
+LABELS = {
+    "adamw-fp32": "AdamW, single precision",
+    "adamw": "AdamW",
+    "adamw8bit": "AdamW 8-bit",
+    "adafactor": "Adafactor",
+    "muon": "Muon",
+    "galore": "GaLore",
+    "mango": "Mango",
+    "adamw8bit+fused": "AdamW 8-bit, stepping in the backward pass",
+    "galore+fused": "GaLore, stepping in the backward pass",
+    "mango+fused": "Mango, stepping in the backward pass",
+    "mango-budget": "Mango, the same, with plans chosen for the card",
+}
+CATEGORIES = ("weights", "gradients", "state", "activations", "workspace", "peak")
+DTYPES = {"bf16": "bfloat16", "fp16": "half precision", "fp32": "single precision"}
+
+
+def read(folder: Path) -> list[Report]:
+    """Every card's report, the smallest card first. Raises: ValueError when there is none, or they are not of one case."""
+    reports = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda report: report["total"])
+    if not reports:
+        raise ValueError(f"no plan under {folder}: run the rule plan first")
+    for field in ("model", "seq", "batch", "dtype"):
+        if len({report[field] for report in reports}) > 1:
+            raise ValueError(f"the plans under {folder} differ in {field}")
+    return reports
+
+
+def sentences(reports: Sequence[Report]) -> dict[str, str]:
+    return {"plan.setup": setup(reports[0]), "plan.outcome": " ".join(outcome(report) for report in reports)}
+
+
+def setup(report: Report) -> str:
+    sequences = "one sequence" if report["batch"] == 1 else f"{number(report['batch'])} sequences"
+    inputs = f"{sequences} of {number(report['seq'])} tokens"
+    return (
+        f"{escape(report['model'])}, {number(report['parameters'])} parameters, weights and gradients in {DTYPES[report['dtype']]}, "
+        f"{inputs} in a forward pass, no activation checkpointing."
+    )
+
+
+def outcome(report: Report) -> str:
+    """Who fits, and who fits the longest context."""
+    rows = {row["method"]: row for row in report["rows"]}
+    fitting = [name for name, row in rows.items() if row["fits"]]
+    ours = [name for name in fitting if name.startswith("mango")]
+    others = [name for name in fitting if name not in ours]
+    card = rf"On the {escape(report['gpu'])} ({gib(report['usable'])}~GiB usable)"
+    if not fitting:
+        return f"{card} no method fits."
+    best = max(fitting, key=lambda name: rows[name]["longest"])
+    which = " and ".join(LABELS[name] for name in fitting) if len(fitting) < 3 else f"{number(len(fitting))} of the {number(len(rows))}"
+    text = f"{card} {which} {'fits' if len(fitting) == 1 else 'fit'}"
+    if ours and not others:
+        text += ", and no other method does"
+    return f"{text}; the longest context is {number(rows[best]['longest'])} tokens, by {LABELS[best]}."
+
+
+def rows(reports: Sequence[Report]) -> list[list[str]]:
+    """One row a method, with what fits on each card; what is chosen for a card has a row for that card alone."""
+    table = []
+    for place, row in enumerate(reports[0]["rows"]):
+        own = [[report] for report in reports] if row["method"] == "mango-budget" else [reports]
+        for cards in own:
+            found = cards[0]["rows"][place]
+            card = f" of {memory(cards[0])}" if row["method"] == "mango-budget" else ""
+            cells = [LABELS[row["method"]] + card, *(gib(found[category]) for category in CATEGORIES)]
+            for report in reports:
+                longest = report["rows"][place]["longest"]
+                fits = "yes" if report["rows"][place]["fits"] else "no"
+                cells += [fits, number(longest) if longest else "none"] if report in cards else ["", ""]
+            table.append(cells)
+    return table
+
+
+def head(reports: Sequence[Report]) -> tuple[str, list[str]]:
+    """Column types and titles."""
+    cards = [cell for report in reports for cell in (f"fits {memory(report)}", "context")]
+    return "l" + " r" * (len(CATEGORIES) + len(cards)), ["", *("act." if name == "activations" else name for name in CATEGORIES), *cards]
+
+
+def memory(report: Report) -> str:
+    """ "24 GB" of "RTX 4090, 24 GB"."""
+    return escape(report["gpu"].partition(",")[2].strip())
+
+
+def gib(nbytes: int) -> str:
+    return rf"\num{{{nbytes / GIB:.2f}}}"
+
+
+def number(value: int) -> str:
+    return rf"\num{{{value}}}"
