@@ -30,6 +30,7 @@ from mango.policy.rewards import Costs, Reward, total
 from mango.policy.rules import Static
 from mango.telemetry import PowerSampler
 
+TRACED = 32  # examples for the Hessian, whose products cost several passes each
 LOSS_CEILING = 20.0  # a run whose loss is above it, or not finite, has diverged and counts as this
 
 
@@ -175,9 +176,9 @@ class TrainingRun:
         return total(self.costs)
 
     def traces(self, queries: int = 6) -> list[float]:
-        """The trace of the loss's Hessian for each layer, on the held-out examples, by Hutch++."""
+        """The trace of the loss's Hessian for each layer, on some held-out examples, by Hutch++."""
         self.model.eval()
-        inputs, targets = next(iter(self.data.evaluation("test", self.settings.evaluate)))
+        inputs, targets = next(iter(self.data.evaluation("test", min(TRACED, self.settings.evaluate))))
         named = dict(self.model.named_parameters())
         layers = [named[name] for name in self.controller.shapes]
         with torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):  # the others have no second derivative
