@@ -37,6 +37,7 @@ include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/contexts.smk"
 include: "workflow/rules/theory.smk"
+include: "workflow/rules/policy.smk"
 include: "workflow/rules/notebooks.smk"
 include: "workflow/rules/plan.smk"
 include: "workflow/rules/paper.smk"
@@ -52,3 +53,4 @@ rule all:
 
 localrules:
     all,
+    policy,

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train one variant of one experiment with one seed",
-        description="Train one variant of one experiment with one seed; write run.json, metrics.jsonl and model.pt into the output folder.",
+        description="Train one variant of one experiment with one seed; write run.json, metrics.jsonl, memory.csv, model.pt to a folder.",
         epilog="Example: mango train cifar10 --config workflow/config/smoke.yaml --variant adamw --out /tmp/run --set train.steps=20",
     )
     train.add_argument("experiment", help="a key of the file's experiments")
@@ -76,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder, if there is one")
     train.add_argument("--force", action="store_true", help="start over, whatever the output folder holds")
     train.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (offline unless WANDB_MODE says otherwise)")
+    train.add_argument(
+        "--energy",
+        nargs="?",
+        const="log",
+        default="record",
+        choices=["record", "log", "require"],
+        help="also write joules into every line of metrics.jsonl; --energy=require fails where nothing measures them",
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(command=_train)
 
@@ -132,7 +140,7 @@ def _train(options: argparse.Namespace) -> int:
     from mango.training import config
 
     tier = config.load(options.config)
-    run = config.resolve(tier, options.experiment, options.variant, options.seed, options.set, options.wandb)
+    run = config.resolve(tier, options.experiment, options.variant, options.seed, options.set, options.wandb, options.energy)
     from mango.training.loop import train  # torch comes in only after the configuration has been found good
     from mango.training.session import Interrupted
 

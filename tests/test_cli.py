@@ -211,10 +211,10 @@ def test_a_whole_run_then_nothing_is_overwritten(tier: Path, cache: Path, tmp_pa
     assert code == 0, err
     assert "digits/mango/0 on digits (embedded stand-in): train_loss" in out
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert set(before) == {"run.json", "metrics.jsonl", "model.pt"}
+    assert set(before) == {"run.json", "metrics.jsonl", "memory.csv", "model.pt"}
     assert json.loads(before["run.json"])["status"] == "completed"
     error = one_line_error(run(cache, *train(tier, tmp_path / "out", variant="mango")))
-    assert "it holds run.json, metrics.jsonl, model.pt); --resume continues it, --force starts it over" in error
+    assert "it holds run.json, metrics.jsonl, model.pt, memory.csv); --resume continues it, --force starts it over" in error
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 

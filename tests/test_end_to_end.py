@@ -76,7 +76,7 @@ def test_one_command_makes_records_figures_numbers_and_the_pdf(artifact: Artifac
     assert {path.stem for path in smoke.glob("theory/*.json")} == set(THEOREMS)
     assert json.loads((smoke / "data/cifar10.json").read_text())["title"] == "digits (embedded stand-in)"
     assert json.loads((smoke / "data/language.json").read_text())["title"] == "Python's documentation (embedded stand-in)"
-    for notebook in ("01_cifar10", "02_theory", "03_optimizer"):
+    for notebook in ("01_cifar10", "02_theory", "03_optimizer", "05_policy"):
         assert json.loads((smoke / f"figures/{notebook}/numbers.json").read_text())
     pdf = artifact.folder / "paper/build/smoke/mango.pdf"
     assert pdf.read_bytes().startswith(b"%PDF") and pdf.stat().st_size > 50_000

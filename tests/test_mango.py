@@ -218,13 +218,29 @@ def test_diagnostics(factor: str | None, expected: float, power: str) -> None:
         found = optimizer.diagnostics()
         assert set(found) == {"one", "two"}
         for values in found.values():
-            assert set(values) == {"certified", "measured", "energy", "drift", "error_ratio"}
+            assert set(values) == {"certified", "measured", "energy", "drift", "error_ratio", "norm", "cosine", "variance"}
+            assert values["norm"] == pytest.approx((64 * 96) ** 0.5, rel=0.1)
+            assert -1 <= values["cosine"] <= 1
+            assert 0 <= values["variance"] <= 1
             assert values["certified"] == pytest.approx(basis * expected)
             assert values["certified"] <= values["measured"] <= values["energy"] + 1e-5 <= 1 + 2e-5
             assert 0 <= values["drift"] <= 1
+    if power == "full":  # half a step from the momentum finds the directions in which it agrees with the gradient
+        assert all(values["variance"] > 0.1 for values in found.values()), "independent gradients disagree"
     optimizer.observe(False)
     push(optimizer, [(one, torch.ones(64, 96))])
     assert optimizer.diagnostics() == {}
+
+
+def test_gradients_that_repeat_have_no_variance_and_follow_the_momentum() -> None:
+    param, gradient = matrix(), gaussian((64, 4), (1,)) @ gaussian((4, 96), (2,))
+    optimizer = Mango([("w", param)], plan=LayerPlan(rank=8, moment_codec="fp32", error="none"))
+    optimizer.observe()
+    for _ in range(5):
+        push(optimizer, [(param, gradient)])
+    found = optimizer.diagnostics()["w"]
+    assert found["variance"] < 0.02
+    assert found["cosine"] > 0.99
 
 
 def test_plans_without_scouts_certify_nothing() -> None:

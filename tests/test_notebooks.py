@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import json
 import math
 import re
@@ -106,6 +107,22 @@ SETTINGS = {
             },
         },
     },
+    "policy": {
+        "minutes": 1,
+        "seeds": [0, 1],
+        "decisions": 2,
+        "every": 1,
+        "policies": ["static", "budget", "tinyformer"],
+        "budgets": [1.0],
+        "held_out": {
+            "digits": {
+                "data": {"name": "digits", "train": 100, "test": 50, "augment": False},
+                "model": {"name": "resnet", "width": 16, "blocks": [1, 1], "stem": "patch4"},
+                "lr": 1e-2,
+                "batch": 16,
+            }
+        },
+    },
 }
 sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "workflow" / "scripts")]
 
@@ -127,6 +144,9 @@ def tiny_results() -> Path:
                 train(config.resolve(tier, name, variant, seed), results / TIER / name / variant / str(seed))
     options = ["--depth", "1", "--vocabulary", "256", "--lengths", "16", "32", "--steps", "2", "--cap", "0.004", "--limit", "64"]
     assert contexts.main(["--tier", TIER, "--out", str(results / TIER), *options]) == 0
+    assert tier.policy is not None
+    (results / TIER / "policy").mkdir(parents=True)
+    importlib.import_module("policy").evaluate(tier.policy, TIER, results / TIER / "policy" / "evaluation.json")
     assert main(["--only", "T3", "--out", str(results / TIER / "theory")]) == 0
     return results
 

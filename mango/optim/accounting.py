@@ -19,7 +19,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """Every tensor in the optimizer's state; one that several parameters share comes as often."""
     members = optimizer.members if isinstance(optimizer, Chain) else [optimizer]
     for member in members:
-        yield from _tensors(list(member.state.values()))
+        yield from tensors_in(list(member.state.values()))
 
 
 def state_nbytes(optimizer: torch.optim.Optimizer) -> int:
@@ -31,17 +31,28 @@ def state_nbytes(optimizer: torch.optim.Optimizer) -> int:
     return sum({(t.data_ptr(), t.nbytes, t.device): t.nbytes for t in state_tensors(optimizer)}.values())
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def state_of(optimizer: torch.optim.Optimizer, param: Tensor) -> Mapping[str, Any]:
+    """What the optimizer keeps for one parameter; nothing before its first step."""
+    if isinstance(optimizer, Chain):
+        seen = {own: (member, inner) for member, pairs in zip(optimizer.members, optimizer._pairs, strict=True) for own, inner in pairs}
+        if param not in seen:
+            return {}
+        optimizer, param = seen[param]
+    return optimizer.state.get(param, {})
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside mappings, lists and plain objects."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for inner in value.values():
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
     elif hasattr(value, "__dict__"):  # GaLore keeps its projection in an object
-        yield from _tensors(vars(value))
+        yield from tensors_in(vars(value))
 
 
 def layer_nbytes(shape: Sequence[int], plan: LayerPlan | None) -> int:

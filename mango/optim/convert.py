@@ -90,9 +90,9 @@ def convert(
         _store(store, stored, values, generator, name)
     if source is not None:
         pairs = [(target.error.store, source.error.store), (target.rows_sq, source.rows_sq), (target.cols_sq, source.cols_sq)]
-        for store, stored in pairs:
-            if store is not None and stored is not None:
-                _store(store, stored, stored.read(), generator, name)
+        for held, stored in pairs:
+            if held is not None and stored is not None:
+                _store(held, stored, stored.read(), generator, name)
     return {"step": state["step"], **target.views(0, target.layers)}
 
 

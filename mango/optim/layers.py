@@ -15,17 +15,15 @@ from mango import codecs, native
 from mango.errors import ConfigError
 from mango.feedback.buffer import ErrorBuffer
 from mango.native.threads import run
+from mango.optim.diagnose import diagnose
 from mango.optim.plan import LayerPlan
 from mango.stacked import Stacked
 from mango.subspace import (
-    captured_energy,
     counter_generator,
     half_step,
     large,
     matmul,
-    orthonormalize,
     power_step,
-    principal_cosines,
     rotate_moments,
     rotation,
     scout_alpha,
@@ -166,7 +164,7 @@ class LayerStack:
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
         adam = self._moments(u, rotation(as_used, old), hyper)
-        found = self._diagnose(h, as_used, exact, u, old, grads, hyper, names) if names else {}
+        found = diagnose(self, h, as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
         scale, along = None, adam
@@ -362,29 +360,3 @@ class LayerStack:
         half = self.scouts / self.small if self.rank < self.small else 1.0
         basis = half if self.plan.power == "half" else scout_alpha(self.small, self.rank, self.scouts)
         return basis * (self.factor.alpha() if self.factor is not None else 1.0)
-
-    def _diagnose(
-        self,
-        h: Tensor,
-        basis: Tensor,
-        exact: Tensor,
-        u: Tensor,
-        old: Tensor,
-        grads: Sequence[Tensor],
-        hyper: Hyper,
-        names: Sequence[str],
-    ) -> dict[str, dict[str, float]]:
-        """Before H is overwritten: what the compression did to it."""
-        a = h if self.rows <= self.cols else h.mT  # (layers, m, n)
-        total = torch.linalg.matrix_norm(a).square()  # (layers,)
-        left = torch.linalg.matrix_norm(a - basis @ u).square()
-        gradient = torch.stack([torch.linalg.vector_norm(grad.float()) for grad in grads])
-        columns = {
-            "measured": torch.where(total > 0, 1.0 - left / total, 1.0),
-            "energy": captured_energy(basis, a),
-            "drift": principal_cosines(basis, orthonormalize(old)).mean(dim=-1),
-            "error_ratio": torch.where(gradient > 0, left.sqrt() / gradient, 0.0),
-        }
-        rows = torch.stack(list(columns.values()), dim=-1).tolist()
-        fixed = {"certified": self.certified(hyper)}
-        return {name: fixed | dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)}

@@ -22,6 +22,8 @@ from mango.optim.options import plan_of, validate
 from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
 
 if TYPE_CHECKING:
+    from mango.policy.base import Policy
+    from mango.policy.controller import Controller
     from mango.telemetry import MemoryLedger
 
 ASKED = ("plan", "plans", "memory_budget")  # options of a group that loading a state leaves as they are, unless none of them was changed
@@ -71,6 +73,9 @@ class Mango(torch.optim.Optimizer):
             unfrozen or added later make the others smaller.
         ledger: with ``memory_budget``: the budget is of everything that this ledger counts (weights, gradients, saved activations) and the
             state together. Where it has seen more activations than before, the next step starts by choosing plans anew.
+        policy: a name of mango.policy.REGISTRY or a Policy: it chooses every matrix's rank and bits anew, before the first step and after
+            each ``policy_every``-th, starting from ``plan``, and within ``memory_budget``. States are converted (see ``set_plan``).
+        policy_every: steps between two choices, at least 1.
         fuse_backward: step each parameter as soon as its gradient is complete, during ``backward``, and free the gradient: at its peak one
             layer's gradient is held. ``step()`` then ends the round (see mango.optim.fused for accumulation and clipping).
         max_norm: with ``fuse_backward``, clip gradients to this norm, as estimated from the rounds before.
@@ -105,22 +110,31 @@ class Mango(torch.optim.Optimizer):
         matmul: str = "auto",
         memory_budget: int | float | str | None = None,
         ledger: MemoryLedger | None = None,
+        policy: Policy | str | None = None,
+        policy_every: int = 50,
         fuse_backward: bool = False,
         max_norm: float | None = None,
     ) -> None:
         if max_norm is not None and not (fuse_backward and 0.0 < max_norm < float("inf")):
             raise ConfigError.of("max_norm", max_norm, "a number > 0 with fuse_backward=True; without it, torch.nn.utils.clip_grad_norm_")
-        if ledger is not None and memory_budget is None:
-            raise ConfigError.of("ledger", type(ledger).__name__, "given together with memory_budget, which it is counted against")
+        if ledger is not None and (memory_budget is None or policy is not None):
+            legal = "given together with memory_budget, which it is counted against, and without a policy"
+            raise ConfigError.of("ledger", type(ledger).__name__, legal)
         self._fused: FusedBackward | None = None
         self._budget: StateBudget | None = None
+        self._controller: Controller | None = None
         self._prepare()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plan": plan}
         defaults |= {"maximize": maximize, "seed": seed, "matmul": matmul, "memory_budget": memory_budget}
         super().__init__(params, defaults)
         if fuse_backward:
             self._fused = FusedBackward(self, max_norm)
-        if memory_budget is not None:
+        if policy is not None:
+            from mango.policy import controller_for
+
+            self._controller = controller_for(policy, policy_every, memory_budget, self.shapes())
+            self._controller.adopt(self)
+        elif memory_budget is not None:
             self._budget = StateBudget(memory_budget, ledger)
             self.replan()
 
@@ -148,11 +162,14 @@ class Mango(torch.optim.Optimizer):
             for param in group["params"]:
                 self._places.pop(param, None)
             raise
+        if self._controller is not None:
+            self._controller.adopt(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_fused", None)  # a copy has parameters of its own, without hooks
-        self.__dict__.setdefault("_budget", None)  # and keeps the plans that it has
+        self.__dict__.setdefault("_controller", None)  # and nobody who changes its plans
+        self.__dict__.setdefault("_budget", None)
         self._prepare()
         for group in self.param_groups:
             self._register(group)
@@ -183,7 +200,34 @@ class Mango(torch.optim.Optimizer):
         if self._fused is not None:
             self._fused.finish()
         self._advance([param for group in self.param_groups for param in group["params"] if param.grad is not None])
+        if self._controller is not None:
+            self._controller.stepped(self, self._steps())
         return loss
+
+    def _steps(self) -> int:
+        """Of the parameter that has been stepped most often."""
+        return max((state["step"] for state in self.state.values() if state), default=0)
+
+    def signal(self, **values: float) -> None:
+        """Tell the policy, if there is one, how the run goes: ``loss``, ``progress`` (0 to 1), ``seconds`` of a step, ``watts``.
+
+        What is never told, the policy knows as unknown. Times and power differ from run to run: tell them only where a run need not
+        repeat bit for bit.
+
+        Raises: ConfigError for another signal.
+        """
+        from mango.policy.controller import SIGNALS
+
+        for name in values:
+            if name not in SIGNALS:
+                raise ConfigError.of("signal", name, "one of " + ", ".join(SIGNALS))
+        if self._controller is not None:
+            self._controller.signals |= values
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy in charge."""
+        return None if self._controller is None else self._controller.policy
 
     def _advance(self, params: list[Tensor]) -> None:
         """Step these parameters, which have gradients."""
@@ -257,7 +301,8 @@ class Mango(torch.optim.Optimizer):
         workspace = self._workspaces.setdefault(device, Workspace(device))
         matrices = [part for item in items for part in as_matrices(item.param)]
         gradients = [part for item in items for part in as_matrices(item.grad)]
-        names = [name for item in items for name in item.names()] if self._observing else None
+        watching = self._observing or (self._controller is not None and self._controller.watching)
+        names = [name for item in items for name in item.names()] if watching else None
         self._diagnostics.update(stack.step(matrices, gradients, hyper, workspace, names))
 
     def _stack(self, items: list[_Item]) -> LayerStack:
@@ -305,6 +350,8 @@ class Mango(torch.optim.Optimizer):
             if saved.get(number):
                 state = {key: moved(value, param.device, f"state of {place.name}, {key}") for key, value in saved[number].items()}
                 self.state[param] = self._converted(param, state, plan, place.plan)
+        if self._controller is not None:
+            self._controller.watching = (self._steps() + 1) % self._controller.every == 0
 
     def _converted(self, param: Tensor, state: dict[str, Any], old: LayerPlan | None, new: LayerPlan | None) -> dict[str, Any]:
         place = self._places[param]
@@ -314,6 +361,14 @@ class Mango(torch.optim.Optimizer):
     def plans(self) -> dict[str, LayerPlan | None]:
         """The plan in force of every parameter that is large enough for one, by name; None = plain AdamW."""
         return {place.name: place.plan for param, place in self._places.items() if is_matrix(param.shape)}
+
+    def own_plans(self) -> dict[str, LayerPlan | None]:
+        """The plans that the groups ask for, whatever ``set_plan`` or a policy made of them."""
+        return {place.name: plan_of(place.group) for param, place in self._places.items() if is_matrix(param.shape)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by name."""
+        return {place.name: tuple(param.shape) for param, place in self._places.items()}
 
     @torch.no_grad()
     def set_plan(self, which: str | Tensor, plan: LayerPlan | Mapping[str, Any] | None) -> None:
@@ -346,6 +401,8 @@ class Mango(torch.optim.Optimizer):
 
         Raises: ConfigError without a budget, or for one that cannot be met; nothing is changed then.
         """
+        if self._controller is not None:
+            raise ConfigError.of("policy", type(self._controller.policy).__name__, "None: plans under a policy are the policy's to choose")
         budget = self._budget
         if memory_budget is not None:
             budget = StateBudget(memory_budget, None if budget is None else budget.ledger)
@@ -393,7 +450,8 @@ class Mango(torch.optim.Optimizer):
 
         ``certified``: T3's contraction of the basis (times T4's of the factor codec) in expectation over the scouts;
         ``measured``: 1 - ‖H - C(H)‖²/‖H‖²; ``energy``: ‖PᵀH‖²/‖H‖²; ``drift``: mean cosine of the principal angles with the basis
-        before; ``error_ratio``: ‖E‖/‖G‖.
+        before; ``error_ratio``: ‖E‖/‖G‖; ``norm``: ‖G‖; ``cosine``: between momentum and gradient in the basis; ``variance``: 1 -
+        ‖M̂‖²/‖√V̂‖², near 1 where gradients disagree from step to step.
         """
         return dict(self._diagnostics)
 

@@ -10,12 +10,14 @@ from functools import cache
 from math import isfinite, prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mango import codecs
 from mango.errors import ConfigError
 from mango.optim.accounting import layer_nbytes
 from mango.optim.plan import LayerPlan, is_matrix, matrix_shape
+from mango.policy.base import Observation, Policy
 from mango.policy.knapsack import solve
 
 Shape = Sequence[int]
@@ -178,12 +180,12 @@ def groups_for(
     return cut
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The policy that spends a number of bytes of optimizer state as well as it can.
+@dataclass(eq=False)
+class Budget(Policy):
+    """The policy that spends a number of bytes of optimizer state as well as it can, exactly. It never changes its mind.
 
     Args:
-        limit: as ``parse_budget`` takes it.
+        limit: as ``parse_budget`` takes it; for ``plans`` and ``groups``. ``decide`` keeps the budget of the observation.
         candidates: plans to choose from.
         score: worth of a plan for a layer.
 
@@ -195,7 +197,7 @@ class Budget:
     ['weight']
     """
 
-    limit: int | float | str
+    limit: int | float | str = "0.5 bytes/param"
     candidates: Sequence[LayerPlan | Mapping[str, Any]] = LADDER
     score: Score = quality
 
@@ -209,6 +211,22 @@ class Budget:
     def groups(self, params: Iterable[Any]) -> list[dict[str, Any]]:
         """Parameter groups for ``Mango``, see ``groups_for``."""
         return groups_for(params, self.limit, candidates=self.candidates, score=self.score)
+
+    def scores(self, seen: Observation) -> Tensor:
+        """The worth of each action's plan. ``candidates`` are not asked: under way a policy chooses among its actions."""
+        layers = zip(seen.names, seen.shapes, seen.bases, strict=True)
+        plans = [(name, shape, [self.actions.plan(action, base) for action in range(len(self.actions))]) for name, shape, base in layers]
+        return torch.tensor([[self.score(name, shape, plan) for plan in row] for name, shape, row in plans], dtype=torch.float64)
+
+    def decide(self, seen: Observation) -> list[int]:
+        if seen.budget is None:
+            return super().decide(seen)
+        legal = [[action for action, ok in enumerate(row) if ok] for row in seen.allowed.tolist()]
+        nbytes, worth = seen.nbytes.tolist(), self.scores(seen).tolist()
+        picked = solve([[(nbytes[n][action], worth[n][action]) for action in row] for n, row in enumerate(legal)], seen.budget)
+        if picked is None:
+            return super().decide(seen)  # which says the smallest budget that can be met
+        return [row[index] for row, index in zip(legal, picked, strict=True)]
 
 
 def _choose(

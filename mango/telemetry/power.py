@@ -2,92 +2,106 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
+import math
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
+from bisect import bisect_right
 
 from mango.errors import ConfigError
+from mango.telemetry.sources import READERS, Reader, Unavailable
 
-SOURCES = ("auto", "nvml", "nvidia-smi", "rapl")
-RAPL = Path("/sys/class/powercap")
-QUERY = ("--query-gpu=power.draw", "--format=csv,noheader,nounits")
-TIMEOUT = 5.0  # seconds that nvidia-smi may take before the sample counts as missed
-
-
-class Reader(Protocol):
-    """A power source.
-
-    Attributes:
-        mean: whether ``watts`` is the mean since the last reading (integrated by rectangles) and not the power now (by trapezoids).
-    """
-
-    mean: bool
-
-    def watts(self) -> float:
-        """Power now, all devices together. Raises: OSError or ValueError when this sample fails."""
-
-    def close(self) -> None: ...
-
-
-class Unavailable(Exception):
-    """A source does not exist here; the message is the reason."""
+SOURCES = ("auto", *READERS)
+HISTORY = 1 << 16  # samples that are kept for ``energy(begin, end)``: almost two hours at ten a second
 
 
 class PowerSampler:
     """Measures the energy of what happens inside its ``with`` block.
 
     Energy is the trapezoidal integral of sampled power over time (exact differences where the source counts energy), with a sample at both
-    ends. Samples that fail are counted, and the line is drawn through the good ones around them.
+    ends. Samples that fail are counted, and the line is drawn through the good ones around them. Every method may be called from any
+    thread while the sampler runs.
 
     Args:
         interval: seconds between samples.
         source: "nvml", "nvidia-smi" (GPU boards), "rapl" (CPU packages), or "auto" for the first of these that exists.
+        smoothing: time constant of ``watts``, seconds.
+        require: whether it is an error that nothing can be measured.
 
     Attributes:
         source: what is measured, or None.
         reason: why there is no source, or None.
-        samples, missed: good and failed samples.
+        samples: good ones. missed: the source gave no answer. malformed: the answer was not one number for each device.
         first, last: when the first and the last good sample were taken (monotonic seconds): the span that ``joules`` covers.
+        gap: longest time between two good samples, seconds.
+        busy: processor seconds that the sampling thread has used, its child processes not counted.
 
-    Raises: ConfigError for an unknown source or a non-positive interval.
+    Raises: ConfigError for an unknown source, an interval or a time constant that is not positive, or, on entry, when a source is
+        required and there is none.
     """
 
-    def __init__(self, interval: float = 0.1, source: str = "auto") -> None:
+    def __init__(self, interval: float = 0.1, source: str = "auto", smoothing: float = 1.0, require: bool = False) -> None:
         if source not in SOURCES:
             raise ConfigError.of("source", source, "one of " + ", ".join(SOURCES))
-        if not interval > 0:
-            raise ConfigError.of("interval", interval, "seconds, above 0")
-        self.interval = interval
+        for field, value in (("interval", interval), ("smoothing", smoothing)):
+            if not value > 0:
+                raise ConfigError.of(field, value, "seconds, above 0")
+        self.interval, self.smoothing, self.require = interval, smoothing, require
         self.source: str | None = None
         self.reason: str | None = None
-        self.samples = 0
-        self.missed = 0
-        self.first = self.last = 0.0
+        self.samples = self.missed = self.malformed = 0
+        self.first = self.last = self.gap = self.busy = 0.0
         self._wanted = source
-        self._joules = 0.0
-        self._watts = 0.0  # of the last good sample
+        self._devices: list[float] = []  # joules of each device
+        self._now: list[float] = []  # what the source said of each device at the last good sample
+        self._smooth: float | None = None
+        self._times: list[float] = []  # of good samples, with the watts then and the joules until then, all devices together
+        self._watts: list[float] = []
+        self._total: list[float] = []
         self._reader: Reader | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._reading = threading.Lock()  # one reading at a time: sources keep what they read last
         self._lock = threading.Lock()
 
     @property
     def joules(self) -> float | None:
         """Energy so far; None when nothing could be measured."""
         with self._lock:
-            return self._joules if self.samples >= 2 else None
+            return self._total[-1] if self.samples >= 2 else None
+
+    @property
+    def devices(self) -> tuple[float, ...] | None:
+        """Energy of each device so far, in the source's order; None when nothing could be measured."""
+        with self._lock:
+            return tuple(self._devices) if self.samples >= 2 else None
+
+    @property
+    def watts(self) -> float | None:
+        """Exponentially weighted mean of the power of all devices: a sample of age t weighs exp(-t / smoothing)."""
+        with self._lock:
+            return self._smooth
+
+    def energy(self, begin: float, end: float) -> float | None:
+        """Joules between two times (``time.monotonic()``), for a step or an epoch.
+
+        None where the samples do not cover the span: before the first, after the last, or longer ago than HISTORY samples. A span that
+        has only just ended is covered by the next sample; ``sample()`` takes one at once.
+        """
+        with self._lock:
+            if not self._times or not self._times[0] <= begin <= end <= self._times[-1]:
+                return None
+            return self._until(end) - self._until(begin)
+
+    def sample(self) -> None:
+        """Take a sample now, in the calling thread."""
+        if self._reader is not None:
+            self._sample()
 
     def __enter__(self) -> PowerSampler:
         reasons = []
-        for name in _OPEN if self._wanted == "auto" else (self._wanted,):
+        for name in READERS if self._wanted == "auto" else (self._wanted,):
             try:
-                self._reader = _OPEN[name]()
+                self._reader = READERS[name]()
             except Unavailable as absent:
                 reasons.append(f"{name}: {absent}")
                 continue
@@ -95,6 +109,8 @@ class PowerSampler:
             break
         else:
             self.reason = "; ".join(reasons)
+            if self.require:
+                raise ConfigError.of("energy", "require", f"a machine with a power source that can be read; here {self.reason}")
             return self
         self._sample()
         self._thread = threading.Thread(target=self._run, name="mango-power", daemon=True)
@@ -108,114 +124,64 @@ class PowerSampler:
         self._thread.join()
         self._sample()
         self._reader.close()
+        self._reader = None
         if self.samples < 2:
-            self.source, self.reason = None, f"{self.source} gave {self.samples} good samples and {self.missed} bad ones"
+            faults = f"{self.missed} unanswered and {self.malformed} malformed"
+            self.source, self.reason = None, f"{self.source} gave {self.samples} good samples, {faults} ones"
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
             self._sample()
+            self.busy = time.thread_time()
 
     def _sample(self) -> None:
-        assert self._reader is not None
-        try:
-            watts = self._reader.watts()
-        except (OSError, ValueError):
-            self.missed += 1
-            return
-        now = time.monotonic()
-        with self._lock:
-            if self.samples:
-                mean = watts if self._reader.mean else (watts + self._watts) / 2
-                self._joules += (now - self.last) * mean
-            else:
-                self.first = now
-            self.last, self._watts = now, watts
-            self.samples += 1
+        reader = self._reader
+        assert reader is not None
+        with self._reading:
+            begin = time.monotonic()
+            try:
+                values = reader.read()
+                if len(values) != len(self._now or values) or not all(map(math.isfinite, values)):
+                    raise ValueError("not a finite number for each device")
+            except OSError:
+                self.missed += 1
+                return
+            except ValueError:
+                self.malformed += 1
+                return
+            now = (begin + time.monotonic()) / 2  # it was read somewhere in between
+            with self._lock:
+                self._add(now, values, reader.counts)
 
+    def _add(self, now: float, values: list[float], counts: bool) -> None:
+        total, power = 0.0, sum(values)
+        if self.samples:
+            seconds = now - self.last
+            self.gap = max(self.gap, seconds)
+            each = values if counts else [seconds * (a + b) / 2 for a, b in zip(self._now, values, strict=True)]
+            self._devices = [a + b for a, b in zip(self._devices, each, strict=True)]
+            total = self._total[-1] + sum(each)
+            if counts:  # the mean power since the last sample
+                power = self._watts[-1] = sum(each) / seconds
+            keep = math.exp(-seconds / self.smoothing)
+            self._smooth = power if self._smooth is None else keep * self._smooth + (1.0 - keep) * power
+        else:
+            self.first, self._devices = now, [0.0] * len(values)
+            self._smooth = None if counts else power  # what a counter said before the first sample belongs to no span
+        self.last, self._now = now, values
+        self.samples += 1
+        for values, value in ((self._times, now), (self._watts, power), (self._total, total)):
+            values.append(value)
+            if len(values) > 2 * HISTORY:
+                del values[:HISTORY]
 
-class _Nvml:
-    mean = False
-
-    def __init__(self) -> None:
-        try:
-            import pynvml
-        except ImportError as error:
-            raise Unavailable("nvidia-ml-py is not installed") from error
-        self.nvml = pynvml
-        try:
-            pynvml.nvmlInit()
-            self.boards = [pynvml.nvmlDeviceGetHandleByIndex(board) for board in range(pynvml.nvmlDeviceGetCount())]
-            self.watts()
-        except (pynvml.NVMLError, OSError) as error:
-            raise Unavailable(str(error)) from error
-
-    def watts(self) -> float:
-        try:
-            return sum(self.nvml.nvmlDeviceGetPowerUsage(board) for board in self.boards) / 1000
-        except self.nvml.NVMLError as error:
-            raise OSError(str(error)) from error
-
-    def close(self) -> None:
-        self.nvml.nvmlShutdown()
-
-
-class _NvidiaSmi:
-    mean = False
-
-    def __init__(self) -> None:
-        program = shutil.which("nvidia-smi")
-        if program is None:
-            raise Unavailable("no such program on PATH")
-        self.program = program
-
-    def watts(self) -> float:
-        # Its own process group: a program that hangs is killed with its children, which would otherwise hold the pipe open.
-        process = subprocess.Popen(
-            [self.program, *QUERY], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-        )
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            raise OSError("no answer") from error
-        if process.returncode != 0:
-            raise OSError(f"exit code {process.returncode}")
-        readings = [float(line) for line in output.splitlines() if line.strip()]
-        if not readings:
-            raise ValueError("no reading")
-        return sum(readings)
-
-    def close(self) -> None:
-        pass
-
-
-class _Rapl:
-    """Linux's counters of energy per CPU package, which wrap around."""
-
-    mean = True
-
-    def __init__(self) -> None:
-        self.counters = [path / "energy_uj" for path in sorted(RAPL.glob("intel-rapl:*")) if path.name.count(":") == 1]
-        if not self.counters:
-            raise Unavailable(f"{RAPL} has no counters")
-        try:
-            self.ranges = [int((path.parent / "max_energy_range_uj").read_text()) for path in self.counters]
-            self.before = self._read()
-        except OSError as error:
-            raise Unavailable(f"{error.filename} is not readable") from error
-
-    def _read(self) -> tuple[float, list[int]]:
-        return time.monotonic(), [int(path.read_text()) for path in self.counters]
-
-    def watts(self) -> float:
-        (then, old), (now, new) = self.before, self._read()
-        self.before = now, new
-        used = sum((b - a) % wrap for a, b, wrap in zip(old, new, self.ranges, strict=True))
-        return used * 1e-6 / max(now - then, 1e-9)
-
-    def close(self) -> None:
-        pass
-
-
-_OPEN: dict[str, Callable[[], Reader]] = {"nvml": _Nvml, "nvidia-smi": _NvidiaSmi, "rapl": _Rapl}
+    def _until(self, moment: float) -> float:
+        """Joules from the first sample to a moment between two: the integral of the line that ``_add`` integrated."""
+        place = bisect_right(self._times, moment) - 1
+        if place == len(self._times) - 1:
+            return self._total[-1]
+        t0, t1 = self._times[place : place + 2]
+        w0, e0, e1 = self._watts[place], self._total[place], self._total[place + 1]
+        share = (moment - t0) / (t1 - t0)
+        # a parabola from (t0, e0) with slope w0 to (t1, e1); for a source that counts energy slope and secant are equal
+        return e0 + share * (t1 - t0) * w0 + share**2 * (e1 - e0 - (t1 - t0) * w0)

@@ -208,6 +208,37 @@ class Contexts(Strict):
     limit: Positive = Field(1 << 18, description="the longest context that is tried")
 
 
+class PolicyTask(Strict):
+    """A short training run that policies are trained or judged on."""
+
+    data: AnyData
+    model: Model
+    lr: Annotated[float, Field(gt=0)]
+    batch: Positive = 32
+    exclude: list[str] = []
+
+
+class Policy(Strict):
+    """The experiment on policies (see ``mango.policy``): what they are trained on, and the tasks and budgets that judge them."""
+
+    minutes: Annotated[float, Field(gt=0)] = Field(description="declared share of the tier's time, of the evaluation alone")
+    seeds: Annotated[list[Count], Field(min_length=1)] = Field(description="of the evaluation")
+    decisions: Positive = 5
+    every: Positive = Field(8, description="steps between two decisions")
+    weights: Annotated[list[float], Field(min_length=4, max_length=4)] = Field(
+        [1.0, 0.5, 0.05, 0.05], description="of loss, memory, seconds and joules in the reward; all > 0 for Pareto-optimal choices"
+    )
+    policies: Annotated[list[str], Field(min_length=1)] = Field(description="names of mango.policy.REGISTRY, or oracle")
+    budgets: Annotated[list[float], Field(min_length=1)] = Field(description="of the evaluation, bytes of state for each value")
+    held_out: Annotated[dict[str, PolicyTask], Field(min_length=1)]
+    train: dict[str, PolicyTask] = Field({}, description="tasks of traces and of PPO, which run only when they are asked for")
+    train_budgets: list[float] = []
+    traces: Count = Field(0, description="episodes of each expert")
+    epochs: Count = Field(0, description="of imitation")
+    iterations: Count = Field(0, description="of PPO")
+    episodes: Positive = Field(12, description="in an iteration of PPO")
+
+
 class TierConfig(Strict):
     """A whole tier: workflow/config/<tier>.yaml."""
 
@@ -216,6 +247,7 @@ class TierConfig(Strict):
     contexts: Contexts | None = None
     wandb: bool = Field(False, description="also log to Weights & Biases, offline unless WANDB_MODE says otherwise")
     experiments: Annotated[dict[str, Experiment], Field(min_length=1)]
+    policy: Policy | None = Field(None, description="null = this tier does not compare policies")
 
 
 class RunConfig(Task):
@@ -259,6 +291,9 @@ class RunSpec(Strict):
     label: str
     config: RunConfig
     wandb: bool = False
+    energy: Literal["record", "log", "require"] = Field(
+        "record", description="joules in the record where they can be measured; log: in every line of metrics.jsonl too; require: or fail"
+    )
 
 
 def load(path: str | Path) -> TierConfig:
@@ -269,7 +304,15 @@ def load(path: str | Path) -> TierConfig:
     return validated(TierConfig, read(Path(path)), str(path))
 
 
-def resolve(tier: TierConfig, experiment: str, variant: str, seed: int, overrides: list[str] | None = None, wandb: bool = False) -> RunSpec:
+def resolve(
+    tier: TierConfig,
+    experiment: str,
+    variant: str,
+    seed: int,
+    overrides: list[str] | None = None,
+    wandb: bool = False,
+    energy: str = "record",
+) -> RunSpec:
     """The run that ``mango train`` names.
 
     Args:
@@ -295,6 +338,7 @@ def resolve(tier: TierConfig, experiment: str, variant: str, seed: int, override
         "seed": seed,
         "label": method.label or variant,
         "wandb": wandb or tier.wandb,
+        "energy": energy,
     }
     run_config = validated(RunConfig, config, "--set" if overrides else f"experiments.{experiment}")
     return validated(RunSpec, spec | {"config": run_config}, "run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,11 +21,23 @@ from mango.data.base import Readable
 from mango.errors import ConfigError, NonFinite
 from mango.registry import Registry
 from mango.telemetry import MemoryLedger, PowerSampler, RunLog, wandb
-from mango.telemetry.memory import rss_peak
+from mango.telemetry.memory import rss_peak, write_csv
 from mango.training import atomic, checkpoint, record, schedule, summary
 from mango.training.config import RunSpec
 from mango.training.record import RunRecord
-from mango.training.session import CHECKPOINT, METRICS, MODEL, RECORD, Interrupted, Stop, choose_device, deterministic, open_folder, threads
+from mango.training.session import (
+    CHECKPOINT,
+    MEMORY,
+    METRICS,
+    MODEL,
+    RECORD,
+    Interrupted,
+    Stop,
+    choose_device,
+    deterministic,
+    open_folder,
+    threads,
+)
 from mango.training.summary import Counters, plan_of
 
 CONVERSIONS = Registry("conversion", {"mole": "mango.training.mole:MoleRun"})  # by name: runs without it do not depend on its code
@@ -53,7 +65,7 @@ class Writer(Protocol):
 
 
 def train(run: RunSpec, out: str | Path, *, resume: bool = False, force: bool = False, progress: Progress | None = None) -> RunRecord:
-    """Train one variant with one seed and write ``run.json``, ``metrics.jsonl`` and ``model.pt`` into ``out``.
+    """Train one variant with one seed and write ``run.json``, ``metrics.jsonl``, ``memory.csv`` and ``model.pt`` into ``out``.
 
     While it runs, ``checkpoint.pt`` is what ``resume`` continues from, bit for bit on the CPU; it is removed once the run is complete.
 
@@ -116,7 +128,7 @@ class _Trainer:
         self.observable = self.optimizer if isinstance(self.optimizer, Observable) else None
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-        self.ledger = MemoryLedger(self.model)
+        self.ledger = MemoryLedger(self.model, self.optimizer)
         self.pending: list[tuple[int, Tensor, Tensor, int]] = []  # step, loss, correct answers and answers of steps not read yet
         self.counters = Counters(started=datetime.now(UTC).isoformat(timespec="seconds"), plan=plan_of(self.optimizer))
         lines = self._restore() if resume and (out / CHECKPOINT).is_file() else []
@@ -128,8 +140,9 @@ class _Trainer:
             stack.enter_context(deterministic())
             self.sink = self._open_wandb(stack) if self.spec.wandb else None
             stop = stack.enter_context(Stop().listening())
-            self.power = stack.enter_context(PowerSampler(source="auto" if self.device.type == "cuda" else "rapl"))
-            self.joules_before = self.counters.joules
+            source = "auto" if self.device.type == "cuda" else "rapl"
+            self.power = stack.enter_context(PowerSampler(source=source, require=self.spec.energy == "require"))
+            self.joules_before, self.faults_before = self.counters.joules, (self.counters.missed, self.counters.malformed)
             self.resumed_at = time.monotonic() - self.counters.wall_seconds
             saved_step, saved_at = self.counters.step, time.monotonic()
             settings = self.config.train
@@ -147,8 +160,12 @@ class _Trainer:
                     saved_step, saved_at = step, time.monotonic()
                 if stop.number is not None:
                     raise Interrupted(stop.number, self.out / CHECKPOINT)
+            self.power.sample()
             self._update_costs()
-        return self._finish()
+            result = self._result()
+            if self.sink is not None:
+                wandb.summarise(self.sink, result.model_dump(include=wandb.SUMMARY))
+        return self._finish(result)
 
     def _open_wandb(self, stack: ExitStack) -> Any:
         spec = self.spec
@@ -212,8 +229,9 @@ class _Trainer:
         return functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten()), logits
 
     def _observe(self, observer: Observable) -> None:
-        """Keep what the optimizer certified and measured on this step."""
+        """Keep what the optimizer certified and measured on this step; other diagnostics go to wandb alone."""
         for layer, values in observer.diagnostics().items():
+            self._sink(f"layers/{layer}", values)
             row = {"step": self.counters.step, "layer": layer}
             self.counters.contraction.append(
                 row | {key: float(values[key]) for key in ("certified", "measured", "energy", "drift") if key in values}
@@ -222,7 +240,14 @@ class _Trainer:
 
     def _log_training(self) -> None:
         counters = self.counters
+        counters.memory.append(self.ledger.categories(counters.saved_activations))
+        self._sink("memory", counters.memory[-1])
         counters.train_loss = math.fsum(counters.losses) / len(counters.losses)
+        if isinstance(self.optimizer, optim.Mango):  # its policy, if it has one, may have changed plans and decides anew by what it is told
+            self.optimizer.signal(loss=counters.train_loss, progress=counters.step / self.config.train.steps)
+            now = plan_of(self.optimizer)
+            if now and now[0]["layers"] != counters.plan[-1]["layers"]:
+                counters.plan.append({"step": counters.step, "layers": now[0]["layers"]})
         self._write("train", counters.train_loss, self.data.scores("train", counters.train_loss, counters.correct / counters.seen))
         counters.losses, counters.correct, counters.seen = [], 0, 0
 
@@ -254,10 +279,16 @@ class _Trainer:
     def _write(self, split: str, loss: float, scores: dict[str, float]) -> None:
         lr = self.optimizer.param_groups[0]["lr"]
         row = {"step": self.counters.step, "split": split, "loss": loss, **scores, "lr": lr}
-        self.log.write(row | {"time": round(time.monotonic() - self.resumed_at, 3)})
+        costs: dict[str, float | None] = {"time": round(time.monotonic() - self.resumed_at, 3)}
+        if self.spec.energy != "record":
+            self._update_costs()
+            costs["joules"] = self.counters.joules  # null where nothing measures it
+        self.log.write(row | costs)
+        self._sink(split, {"loss": loss, **scores, "lr": lr, **costs})
+
+    def _sink(self, prefix: str, values: Mapping[str, Any]) -> None:
         if self.sink is not None:
-            shown = {f"{split}/{key}": value for key, value in {"loss": loss, **scores}.items()}
-            self.sink.log(shown | {"lr": lr}, step=self.counters.step)
+            wandb.log(self.sink, self.counters.step, prefix, values)
 
     def _write_mole(self, row: dict[str, Any]) -> None:
         """What a converted layer tells of its gradient: it counts passes, of which there is one a step."""
@@ -272,6 +303,7 @@ class _Trainer:
         counters = self.counters
         counters.wall_seconds = time.monotonic() - self.resumed_at
         counters.rss_peak = max(counters.rss_peak, rss_peak())
+        counters.missed, counters.malformed = self.faults_before[0] + self.power.missed, self.faults_before[1] + self.power.malformed
         measured = self.power.joules
         counters.joules = None if measured is None or self.joules_before is None else self.joules_before + measured
 
@@ -333,12 +365,10 @@ class _Trainer:
         start = self.data.encode("\n").to(self.device)[None]
         return self.data.decode(self.model.write(start, count, temperature=0.8, seed=self.spec.seed)[0, start.shape[1] :].cpu())
 
-    def _finish(self) -> RunRecord:
-        """Write the final weights, then the record (its presence means: complete), then drop the checkpoint."""
-        counters = self.counters
-        result = summary.record_of(
+    def _result(self) -> RunRecord:
+        return summary.record_of(
             self.spec,
-            counters,
+            self.counters,
             device=self.device,
             data=self.identity,
             unit=f"{self.data.unit}/s",
@@ -348,9 +378,13 @@ class _Trainer:
             mole=None if self.mole is None else self.mole.record(),
             sample=self._sample(),
         )
+
+    def _finish(self, result: RunRecord) -> RunRecord:
+        """Write the final weights, then the record (its presence means: complete), then drop the checkpoint."""
         for name, content in self.data.files().items():
             atomic.write(self.out / name, lambda file, text=content: file.write(text.encode()))  # type: ignore[misc]
-        checkpoint.save(self.out / MODEL, {"run": self._identity(), "step": counters.step, "model": self.model.state_dict()})
+        write_csv(self.out / MEMORY, self.counters.memory)
+        checkpoint.save(self.out / MODEL, {"run": self._identity(), "step": self.counters.step, "model": self.model.state_dict()})
         record.save(self.out / RECORD, result)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
         return result

@@ -93,6 +93,8 @@ class Energy(Strict):
     joules: float | None
     source: str | None
     reason: str | None
+    missed: int = Field(0, ge=0, description="samples that the source did not answer")
+    malformed: int = Field(0, ge=0, description="samples whose answer was no power")
 
 
 class PlanStep(Strict):

@@ -15,7 +15,7 @@ import torch
 from mango.errors import ConfigError
 from mango.training import atomic
 
-RECORD, METRICS, CHECKPOINT, MODEL = "run.json", "metrics.jsonl", "checkpoint.pt", "model.pt"
+RECORD, METRICS, CHECKPOINT, MODEL, MEMORY = "run.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "memory.csv"
 
 
 class Interrupted(Exception):
@@ -91,7 +91,7 @@ def open_folder(out: Path, *, resume: bool, force: bool) -> None:
     """
     if resume and force:
         raise ConfigError.of("--resume and --force", "both", "one of them: continue a run, or start it over")
-    present = [name for name in (RECORD, METRICS, CHECKPOINT, MODEL) if (out / name).exists()]
+    present = [name for name in (RECORD, METRICS, CHECKPOINT, MODEL, MEMORY) if (out / name).exists()]
     if present and not resume and not force:
         raise ConfigError.of(
             "--out", str(out), f"a folder without a run (it holds {', '.join(present)}); --resume continues it, --force starts it over"

@@ -34,6 +34,9 @@ class Counters:
     gradients: int = 0
     saved_activations: int = 0
     rss_peak: int = 0
+    memory: list[dict[str, int]] = field(default_factory=list)  # bytes by category after the steps that end a train line
+    missed: int = 0
+    malformed: int = 0
     plan: list[dict[str, Any]] = field(default_factory=list)
     contraction: list[dict[str, Any]] = field(default_factory=list)
     started: str = ""
@@ -105,6 +108,8 @@ def record_of(
             "joules": counters.joules,
             "source": power.source if measured else None,
             "reason": None if measured else power.reason or "the part before the last resume was not measured",
+            "missed": counters.missed,
+            "malformed": counters.malformed,
         },
         "plan": counters.plan,
         "contraction": counters.contraction,

@@ -6,13 +6,15 @@ FIGURES = {
     "02_theory": [],
     "03_optimizer": ["pareto", "curves", "recovered", "contraction"],
     "04_molegrad": ["recovered", "kept", "energy", "contexts", "curves"],
+    "05_policy": ["costs", "decisions"],
 }
-# Notebook -> what it reads: experiments, the contexts, or the theorems. It runs in the tiers that have all of it.
+# Notebook -> what it reads: experiments, the contexts, the theorems, or the evaluation of policies. It runs in the tiers that have all of it.
 READS = {
     "01_cifar10": ("cifar10",),
     "02_theory": ("theory",),
     "03_optimizer": ("language", "cifar10"),
     "04_molegrad": ("nanochat", "contexts"),
+    "05_policy": ("policy",),
 }
 NOTEBOOKS = [name for name in FIGURES if jobs.subjects(TIER_CONFIG).issuperset(READS[name])]
 

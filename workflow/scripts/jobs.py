@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import json
 import math
@@ -16,7 +17,7 @@ import jsonschema
 from codehash import ROOT, digest
 from contexts import METHODS
 
-from mango import codecs, data, models, optim
+from mango import codecs, data, models, optim, policy
 from mango.errors import ConfigError
 from mango.mole.config import MoleConfig
 from mango.mole.gradients import REGISTRY as GRADIENTS
@@ -174,7 +175,8 @@ def declared_modules(path: Path) -> list[str]:
 
 def subjects(tier: TierConfig) -> set[str]:
     """What the tier produces that notebooks read."""
-    return {"theory", *tier.experiments, *(["contexts"] if tier.contexts is not None else [])}
+    extra = {"contexts": tier.contexts, "policy": tier.policy}
+    return {"theory", *tier.experiments, *(name for name, part in extra.items() if part is not None)}
 
 
 def contexts_code() -> str:
@@ -191,8 +193,29 @@ def contexts_arguments(tier: TierConfig) -> str:
     return " ".join([f"--tier {tier.tier}", *words])
 
 
+def policy_settings(tier: TierConfig) -> str:
+    """The settings of the experiment on policies; empty for a tier without."""
+    return "" if tier.policy is None else tier.policy.model_dump_json()
+
+
+def policy_code(tier: TierConfig) -> str:
+    """Hash of the code behind policies, and of the file that is shipped."""
+    if tier.policy is None:
+        return ""
+    tasks = [*tier.policy.held_out.values(), *tier.policy.train.values()]
+    parts = {
+        entry(registry, name) for task in tasks for registry, name in ((data.REGISTRY, task.data.name), (models.REGISTRY, task.model.name))
+    }
+    rules = {entry(policy.REGISTRY, name) for name in policy.REGISTRY}
+    kinds = {entry(codecs.REGISTRY, name) for name in ("bf16", "int8", "nf4")}
+    shipped = hashlib.sha256((ROOT / "mango" / "policy" / "tinyformer.safetensors").read_bytes()).hexdigest()[:16]
+    return f"{digest(['workflow/scripts/policy.py', *sorted(parts | rules | kinds)])}-{shipped}"
+
+
 def notebook_records(tier: TierConfig, subject: str) -> list[str]:
-    """What a notebook reads: the theorems' records, or run records of an experiment or of the contexts, this tier's and every archive's."""
+    """What a notebook reads: records of the theorems, the policies, an experiment or the contexts; the last two of every archive too."""
+    if subject == "policy":
+        return [f"results/{tier.tier}/policy/evaluation.json"]
     if subject == "theory":
         return [f"results/{tier.tier}/theory/{theorem}.json" for theorem in theorems(tier)]
     made = [(method, 0) for method in METHODS] if subject == "contexts" else runs(tier, subject)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import paper_plan
+import paper_policy
 from paper_experiments import EXPERIMENTS, Sentences, count
 from paper_molegrad import Mole
 from paper_numbers import Numbers
@@ -41,6 +42,7 @@ def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Rep
     } | paper_plan.sentences(plans)
     for name in EXPERIMENTS:
         found |= (Mole if name == "nanochat" else Sentences)(numbers, name).all()
+    found |= paper_policy.sentences(numbers)
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
 
 

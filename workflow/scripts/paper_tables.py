@@ -7,6 +7,7 @@ from typing import Any
 
 import paper_claims
 import paper_plan
+import paper_policy
 from paper_experiments import EXPERIMENTS
 from paper_numbers import Numbers, escape, printed
 
@@ -43,6 +44,7 @@ def tables(
         "cases": cases(records),
         "plan": tabular(*paper_plan.head(plans), paper_plan.rows(plans)),
         "claims": claims(numbers, records, tier, seconds),
+        "policy": paper_policy.table(numbers),
         "reported": reported_table(reported),
         "machines": machines(numbers),
     }
