@@ -65,6 +65,8 @@ rule policy_imitation:
         mem_mb=3000,
         runtime=120,
     params:
+        code=jobs.policy_code(TIER_CONFIG),
+        settings=jobs.policy_settings(TIER_CONFIG),
         file=SETTINGS_FILE,
     message:
         "Cloning experts"
@@ -87,6 +89,8 @@ rule policy_ppo:
         mem_mb=3000,
         runtime=240,
     params:
+        code=jobs.policy_code(TIER_CONFIG),
+        settings=jobs.policy_settings(TIER_CONFIG),
         file=SETTINGS_FILE,
     message:
         "Improving the policy by PPO"
@@ -97,3 +101,9 @@ rule policy_ppo:
 rule policy:
     input:
         rules.policy_ppo.output[0],
+    log:
+        f"{LOGS}/policy/all.log",
+    message:
+        "The policy is trained"
+    shell:
+        "echo {input} > {log}"
