@@ -255,6 +255,7 @@ def test_data_list_and_verify(here: Callable[..., tuple[int, str, str]]) -> None
     assert {row["name"]: row["source"] for row in json.loads(out)["datasets"]} == {
         "cifar10": "embedded",
         "digits": "embedded",
+        "fineweb-edu": "embedded",
         "text": "embedded",
     }
     code, out, err = here("data", "verify", "digits")

@@ -17,6 +17,7 @@ import yaml
 SETTINGS = "workflow/config/smoke.yaml"
 VARIANTS = ("adamw", "frozen", "galore", "mango")
 LANGUAGE = ("adamw", "frozen", "mango")
+NANOCHAT = ("adamw", "frozen", "int4")
 THEOREMS = ("T1", "T2")
 
 
@@ -37,6 +38,11 @@ def shrink(path: Path) -> None:
     language["data"] |= {"source": "embedded", "train": 20_000, "test": 2000, "validation": 0}
     language["train"] |= {"steps": 4, "batch": 8, "eval_every": 2, "log_every": 2, "checkpoint_every": 2, "warmup": 1}
     language["variants"] = {name: language["variants"][name] for name in LANGUAGE}
+    nanochat = settings["experiments"]["nanochat"]
+    nanochat["data"] |= {"source": "embedded", "train": 20_000, "test": 2000, "validation": 0}
+    nanochat["train"] |= {"steps": 4, "eval_every": 2, "log_every": 2, "checkpoint_every": 2, "warmup": 1}
+    nanochat["variants"] = {name: nanochat["variants"][name] for name in NANOCHAT}
+    settings["policy"] |= {"policies": ["static", "tinyformer"]}
     settings["theory"] = {"seed": 0, "theorems": list(THEOREMS)}
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
 
@@ -98,17 +104,20 @@ DOWNSTREAM = {"Generating the paper's numbers, tables and statements", "Typesett
 IMAGES, BOUNDS, LOSSES = (f"Running notebooks/{name}.ipynb" for name in ("01_cifar10", "02_theory", "03_optimizer"))
 RUNS = {f"Training cifar10: {variant}, seed 0" for variant in VARIANTS}
 TEXTS = {f"Training language: {variant}, seed 0" for variant in LANGUAGE}
+TOKENS = {f"Training nanochat: {variant}, seed 0" for variant in NANOCHAT} | {"Preparing the data of nanochat"}
+KEPT = {"Measuring memory against context length", "Running notebooks/04_molegrad.ipynb"}
+JUDGED = {"Judging policies on held-out tasks", "Running notebooks/05_policy.ipynb"}
 MANGO = {"Training cifar10: mango, seed 0", "Training language: mango, seed 0"}
 
 
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("mango/codecs/nf4.py", {*MANGO, "Checking theorem T1", IMAGES, BOUNDS, LOSSES, *DOWNSTREAM}),
+        ("mango/codecs/nf4.py", {*MANGO, "Checking theorem T1", IMAGES, BOUNDS, LOSSES, *JUDGED, *DOWNSTREAM}),
         ("mango/compressors/lowrank.py", {"Checking theorem T2", BOUNDS, *DOWNSTREAM}),
-        ("mango/data/text.py", {"Preparing the data of language", *TEXTS, LOSSES, *DOWNSTREAM}),
-        ("mango/models/resnet.py", {*RUNS, IMAGES, LOSSES, *DOWNSTREAM}),
-        ("mango/policy/scalarize.py", set()),
+        ("mango/data/text.py", {"Preparing the data of language", *TEXTS, *TOKENS, *KEPT, LOSSES, *DOWNSTREAM}),
+        ("mango/models/resnet.py", {*RUNS, IMAGES, LOSSES, *JUDGED, *DOWNSTREAM}),
+        ("mango/policy/scalarize.py", {*JUDGED, *DOWNSTREAM}),
         ("paper/sections/abstract.tex", {"Typesetting paper/build/smoke/mango.pdf"}),
     ],
 )

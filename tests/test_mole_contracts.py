@@ -379,6 +379,7 @@ def test_data_parallel_training_reduces_formed_gradients(tmp_path: Path) -> None
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # the compiler takes a minute
 def test_a_compiled_model_has_the_same_gradients() -> None:
     """Drawing and packing codes stays outside of the graphs, so they break there; what is computed does not change."""
     torch.manual_seed(0)

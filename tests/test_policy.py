@@ -208,6 +208,7 @@ def test_tinyformer_is_equivariant_and_padding_changes_nothing() -> None:
         torch.testing.assert_close(both[0, :3], alone[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow  # a time, which a machine that does other work does not keep
 def test_a_decision_about_64_layers_takes_at_most_five_milliseconds() -> None:
     net, observation = policy.REGISTRY.get("tinyformer"), seen(64, share=0.1)
     assert int(observation.nbytes.gather(1, net.scores(observation).argmax(1)[:, None]).sum()) > 0
