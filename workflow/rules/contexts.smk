@@ -17,7 +17,7 @@ if TIER_CONFIG.contexts is not None:
         params:
             code=jobs.contexts_code(),
             arguments=jobs.contexts_arguments(TIER_CONFIG),
-            out=RESULTS,
+            out=lambda wildcards, output: output[0].split("/contexts/")[0],
         message:
             "Measuring memory against context length"
         shell:
