@@ -30,8 +30,8 @@ rule policy_evaluation:
 
 rule policy_traces:
     output:
-        f"{POLICY}/traces.safetensors",
-        f"{POLICY}/traces.json",
+        file=f"{POLICY}/traces.safetensors",
+        more=f"{POLICY}/traces.json",
     log:
         f"{LOGS}/policy/traces.log",
     benchmark:
@@ -47,15 +47,15 @@ rule policy_traces:
     message:
         "Recording experts"
     shell:
-        "OMP_NUM_THREADS={threads} python workflow/scripts/policy.py traces --config {params.file} --out {output[0]} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} python workflow/scripts/policy.py traces --config {params.file} --out {output.file} > {log} 2>&1"
 
 
 rule policy_imitation:
     input:
-        rules.policy_traces.output[0],
+        rules.policy_traces.output.file,
     output:
-        f"{POLICY}/cloned.safetensors",
-        f"{POLICY}/cloned.json",
+        file=f"{POLICY}/cloned.safetensors",
+        more=f"{POLICY}/cloned.json",
     log:
         f"{LOGS}/policy/imitation.log",
     benchmark:
@@ -71,15 +71,15 @@ rule policy_imitation:
     message:
         "Cloning experts"
     shell:
-        "OMP_NUM_THREADS={threads} python workflow/scripts/policy.py imitate --config {params.file} --traces {input} --out {output[0]} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} python workflow/scripts/policy.py imitate --config {params.file} --traces {input} --out {output.file} > {log} 2>&1"
 
 
 rule policy_ppo:
     input:
-        rules.policy_imitation.output[0],
+        rules.policy_imitation.output.file,
     output:
-        f"{POLICY}/tinyformer.safetensors",
-        f"{POLICY}/tinyformer.jsonl",
+        file=f"{POLICY}/tinyformer.safetensors",
+        more=f"{POLICY}/tinyformer.jsonl",
     log:
         f"{LOGS}/policy/ppo.log",
     benchmark:
@@ -95,12 +95,12 @@ rule policy_ppo:
     message:
         "Improving the policy by PPO"
     shell:
-        "OMP_NUM_THREADS={threads} python workflow/scripts/policy.py ppo --config {params.file} --start {input} --out {output[0]} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} python workflow/scripts/policy.py ppo --config {params.file} --start {input} --out {output.file} > {log} 2>&1"
 
 
 rule policy:
     input:
-        rules.policy_ppo.output[0],
+        rules.policy_ppo.output.file,
     log:
         f"{LOGS}/policy/all.log",
     message:
