@@ -43,7 +43,7 @@ class Mango(torch.optim.Optimizer):
         V = \beta_2 (R \circ R) V + (1-\beta_2) U \circ U && \text{rows new to the basis start from U} \\
         A &= \hat M / (\sqrt{\hat V} + \epsilon) \\
         F &= H - P U, \quad a = \mathrm{mean}_j F_{ij}^2, \quad b = \mathrm{mean}_i F_{ij}^2 && \text{running means too, (m), (n)} \\
-        D &= P A + s F / \sqrt{a b^\top / \bar a} && \text{residual direction, s at most 1 and bounded by A} \\
+        D &= P A + s F / \sqrt{a b^\top / \sqrt{\bar a \bar b}} && \text{residual direction, s at most 1, bounded by A} \\
         E &= F                                      && \text{kept as the plan says} \\
         W &\leftarrow (1 - \eta\lambda) W - \eta D
 
