@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,7 +146,7 @@ def report(runs: RunSet, source: RunSet, contexts: RunSet, prefix: str, numbers:
         add(f"{name}.bpb_ratio", row["bits_per_byte"] / rows.loc[dense, "bits_per_byte"] - 1 if dense else None, "+.2%")
     chosen = headline(runs)
     text = runs.runs[chosen][0].sample if chosen else None
-    add("sample", " ".join((text or "").replace("\ufffd", "?").split())[:160] or None)
+    add("sample", excerpt(text or "") or None)
     frame = energy(source)
     add("energy.tier_label", source.label, tier=source.tier)
     add("energy.count", len(frame), "d")
@@ -180,6 +181,13 @@ def _report_contexts(runs: RunSet, add: Any) -> None:
 
 def _ratio(value: float | None, reference: float | None) -> float | None:
     return float(value / reference) if value and reference and np.isfinite([value, reference]).all() else None
+
+
+def excerpt(text: str, length: int = 160) -> str:
+    """The start of a text that a model wrote, as the paper can print it: a dot for each character outside ASCII's printable ones (a young
+    model writes bytes that are no text), and one question mark for several (two are LaTeX's sign of a missing reference)."""
+    dotted = "".join(character if " " <= character <= "~" else "\u00b7" for character in " ".join(text.split()))
+    return re.sub(r"\?{2,}", "?", dotted)[:length]
 
 
 def shown(runs: RunSet) -> Sequence[str]:

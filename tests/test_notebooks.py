@@ -248,6 +248,12 @@ def test_optimizer_notebook_reads_both_experiments() -> None:
     assert not any(key.startswith("cifar10.") for key in numbers), "those are the other notebook's"
 
 
+def test_a_text_of_an_untrained_model_can_be_printed() -> None:
+    molegrad = importlib.import_module("molegrad")
+    assert molegrad.excerpt(" a\x01\ufffd\u00e9 ??? b?\n c ") == "a\u00b7\u00b7\u00b7 ? b? c"
+    assert len(molegrad.excerpt("x" * 1000)) == 160
+
+
 def test_molegrad_notebook_tells_converted_models_apart() -> None:
     out = executed("04_molegrad")
     for figure in ("recovered", "kept", "energy", "contexts", "curves"):
