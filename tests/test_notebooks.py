@@ -106,6 +106,22 @@ SETTINGS = {
                 },
             },
         },
+        "ablation-language": {
+            "seeds": [0],
+            "minutes": 1,
+            "data": {"name": "text", "source": "embedded", "train": 20_000, "test": 2000, "sequence": 32},
+            "model": {"name": "gpt", "depth": 1, "width": 64, "heads": 2, "ffn": 2},
+            "exclude": ["embedding", "head"],
+            "train": {"steps": 2, "batch": 8, "eval_every": 2, "log_every": 1},
+            "variants": {
+                "mango": {
+                    "label": "Mango",
+                    "optimizer": "mango",
+                    "options": {"lr": 3e-3, "plan": {"scouts": 2}},
+                    "vary": {"error": ["none"], "rank": [0.25]},
+                },
+            },
+        },
     },
     "policy": {
         "minutes": 1,
@@ -245,6 +261,10 @@ def test_optimizer_notebook_reads_both_experiments() -> None:
     assert numbers["language.mango-noerror.ablates"]["value"] == "without error feedback"
     assert numbers["language.mango-noerror.loss_std"]["value"] is None, "one seed"
     assert numbers["language.contraction.count"]["value"] > 0
+    assert (out / "ablation.pdf").read_bytes().startswith(b"%PDF")
+    assert numbers["ablation-language.variants"]["value"].count("mango") == 1 and numbers["ablation-language.runs"]["value"] == 3
+    assert numbers["ablation-language.mango-rank-0.25.label"]["value"] == "Mango, rank 0.25"
+    assert numbers["ablation-language.mango-error-none.ablates"]["value"] == "without error feedback"
     assert not any(key.startswith("cifar10.") for key in numbers), "those are the other notebook's"
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from mango.errors import ConfigError, MissingExtra
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 except ImportError as error:
     raise MissingExtra.of("pydantic", "experiments", "mango.training") from error
 
@@ -136,6 +137,20 @@ class Variant(Strict):
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="the values that were tried for each option when it was tuned"
     )
+    vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="fields of Mango's plan and values for each: one more variant for every value, in which that field alone differs"
+    )
+
+    def varied(self, name: str) -> Iterator[tuple[str, Variant]]:
+        """(name, variant) of this one, and of those that ``vary`` asks for, whose rates are this one's and were not tuned apart."""
+        plain = self.model_copy(update={"vary": {}})
+        yield name, plain
+        for field, values in self.vary.items():
+            for value in values:
+                options = self.options | {"plan": {**self.options.get("plan", {}), field: value}}
+                shown = str(value).lower()
+                update = {"label": f"{self.label or name}, {field} {shown}", "options": options, "grid": {}}
+                yield f"{name}-{field}-{shown}", plain.model_copy(update=update)
 
 
 class Controls(Strict):
@@ -176,6 +191,16 @@ class Experiment(Task):
     minutes: Annotated[float, Field(gt=0)] = Field(description="declared share of the tier's time")
     controls: Controls | None = None
     variants: Annotated[dict[str, Variant], Field(min_length=1)]
+
+    @field_validator("variants", mode="after")
+    @classmethod
+    def _vary(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
+        found: dict[str, Variant] = {}
+        for name, variant in (each for key, given in variants.items() for each in given.varied(key)):
+            if name in found:
+                raise ValueError(f"the variant {name} is not legal: one of its name exists, by itself or through vary")
+            found[name] = variant
+        return found
 
     @model_validator(mode="after")
     def _controls_exist(self) -> Self:

@@ -16,6 +16,11 @@ READS = {
     "04_molegrad": ("nanochat", "contexts"),
     "05_policy": ("policy",),
 }
+# What it reads besides in the tiers that have it, for one figure more.
+ABLATION = [name for name in ("ablation-cifar10", "ablation-language") if name in TIER_CONFIG.experiments]
+if ABLATION:
+    READS["03_optimizer"] += tuple(ABLATION)
+    FIGURES["03_optimizer"].append("ablation")
 NOTEBOOKS = [name for name in FIGURES if jobs.subjects(TIER_CONFIG).issuperset(READS[name])]
 
 for notebook in NOTEBOOKS:

@@ -11,7 +11,7 @@ from typing import Any
 
 import paper_plan
 import paper_policy
-from paper_experiments import EXPERIMENTS, Sentences, count
+from paper_experiments import ABLATIONS, EXPERIMENTS, Sentences, count
 from paper_molegrad import Mole
 from paper_numbers import Numbers
 
@@ -42,6 +42,8 @@ def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Rep
     } | paper_plan.sentences(plans)
     for name in EXPERIMENTS:
         found |= (Mole if name == "nanochat" else Sentences)(numbers, name).all()
+    for name in ABLATIONS:
+        found[f"{name}.cells"] = Sentences(numbers, name).cells() if f"{name}.runs" in numbers else "This tier has no ablation."
     found |= paper_policy.sentences(numbers)
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
 
