@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from mango.errors import ConfigError
+from mango.fields import build
 
 STORES = ("dense", "bf16", "int8", "nf4", "int4", "int2", "sketch")
 GRADIENTS = ("formed", "factored")
@@ -138,15 +139,7 @@ class MoleConfig:
     @classmethod
     def of(cls, value: MoleConfig | Mapping[str, Any]) -> MoleConfig:
         """A configuration from itself or from plain values, as a file has them."""
-        if isinstance(value, MoleConfig):
-            return value
-        if not isinstance(value, Mapping):
-            raise ConfigError.of("mole", value, "a MoleConfig or a mapping of its fields")
-        known = [field.name for field in fields(cls)]
-        for key in value:
-            if key not in known:
-                raise ConfigError.of("mole", key, "one of the fields " + ", ".join(known))
-        return cls(**value)
+        return build(cls, value, "mole", "a MoleConfig or a mapping of its fields")
 
     def plain(self) -> dict[str, Any]:
         """The fields as plain values; a predicate by its name."""
