@@ -131,6 +131,7 @@ class _Trainer:
         self.ledger = MemoryLedger(self.model, self.optimizer)
         self.pending: list[tuple[int, Tensor, Tensor, int]] = []  # step, loss, correct answers and answers of steps not read yet
         self.counters = Counters(started=datetime.now(UTC).isoformat(timespec="seconds"), plan=plan_of(self.optimizer))
+        self.plans: dict[str, Any] = {}  # as they were last looked at
         lines = self._restore() if resume and (out / CHECKPOINT).is_file() else []
         self.log = RunLog(out / METRICS, lines)
 
@@ -203,10 +204,19 @@ class _Trainer:
         except NonFinite as error:
             raise self._non_finite(str(error), counters.step + 1) from error
         counters.step += 1
+        self._note_plans()
         counters.trained += targets.numel()
         if observer is not None:
             self._observe(observer)
         counters.step_seconds += time.perf_counter() - begin
+
+    def _note_plans(self) -> None:
+        """Record plans where they have changed: a policy, or a budget of the whole run, has chosen anew."""
+        plans = self.optimizer.plans() if isinstance(self.optimizer, optim.Mango) else {}
+        if plans != self.plans:  # quick to compare; what they are in plain values is not
+            self.plans, now = plans, plan_of(self.optimizer)
+            if now and now[0]["layers"] != self.counters.plan[-1]["layers"]:
+                self.counters.plan.append({"step": self.counters.step, "layers": now[0]["layers"]})
 
     def _settle(self) -> None:
         """Read the losses of the last steps: at every step on a CPU, seldom on an accelerator, where each reading waits for the device."""
@@ -243,11 +253,8 @@ class _Trainer:
         counters.memory.append(self.ledger.categories(counters.saved_activations))
         self._sink("memory", counters.memory[-1])
         counters.train_loss = math.fsum(counters.losses) / len(counters.losses)
-        if isinstance(self.optimizer, optim.Mango):  # its policy, if it has one, may have changed plans and decides anew by what it is told
+        if isinstance(self.optimizer, optim.Mango):  # its policy, if it has one, decides anew by what it is told
             self.optimizer.signal(loss=counters.train_loss, progress=counters.step / self.config.train.steps)
-            now = plan_of(self.optimizer)
-            if now and now[0]["layers"] != counters.plan[-1]["layers"]:
-                counters.plan.append({"step": counters.step, "layers": now[0]["layers"]})
         self._write("train", counters.train_loss, self.data.scores("train", counters.train_loss, counters.correct / counters.seen))
         counters.losses, counters.correct, counters.seen = [], 0, 0
 
@@ -293,6 +300,7 @@ class _Trainer:
     def _write_mole(self, row: dict[str, Any]) -> None:
         """What a converted layer tells of its gradient: it counts passes, of which there is one a step."""
         self.log.write({"step": row["step"], "split": "mole", **{key: value for key, value in row.items() if key != "step"}})
+        self._sink(f"mole/{row['layer']}", {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"})
 
     def _non_finite(self, what: str, step: int) -> NonFinite:
         kept = self.out / CHECKPOINT
@@ -375,6 +383,7 @@ class _Trainer:
             memory={"parameters": self.ledger.parameters(), "optimizer_state": optim.state_nbytes(self.optimizer)},
             parameters={"total": sum(p.numel() for p in self.model.parameters()), "compressed": self.under_test},
             power=self.power,
+            condition=summary.condition_of(self.optimizer, self.counters.plan, self.counters.step),
             mole=None if self.mole is None else self.mole.record(),
             sample=self._sample(),
         )

@@ -102,6 +102,16 @@ class PlanStep(Strict):
     layers: dict[str, dict[str, Any]]
 
 
+class StepCondition(Strict):
+    """T7 for the plans that a policy chose in this run: largest step sizes of EF21 for L = L_tilde = 1 (``mango.policy.base``)."""
+
+    policy: str
+    alpha_min: float = Field(description="the contraction that the policy declares for every plan it may choose")
+    least: float = Field(description="the least contraction of the plans that it chose")
+    step_declared: float = Field(description="by T7 (1), with alpha_min")
+    step_schedule: float = Field(description="by T7 (2), for the sequence of plans as it was")
+
+
 class Contraction(Strict):
     """At one step of one layer: the certified share of the squared norm that compression keeps, and the measured one."""
 
@@ -155,6 +165,7 @@ class RunRecord(Strict):
     parameters: Parameters
     energy: Energy
     plan: list[PlanStep] = Field(description="what is kept per layer, at each step where it changed; empty for methods without a plan")
+    step_condition: StepCondition | None = Field(None, description="null where no policy chose plans")
     contraction: list[Contraction] = Field(description="at the evaluation steps; empty for methods that certify nothing")
     mole: Mole | None = Field(None, description="null when no layer was converted")
     contexts: list[Context] = Field([], description="measured at several context lengths, by workflow/scripts/contexts.py")
