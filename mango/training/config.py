@@ -243,6 +243,16 @@ class PolicyTask(Strict):
     exclude: list[str] = []
 
 
+class PolicyAblation(Strict):
+    """Some policies judged once more on the held-out tasks, with one thing changed."""
+
+    policies: Annotated[list[str], Field(min_length=1)]
+    budgets: Annotated[list[float], Field(min_length=1)]
+    seeds: list[Count] | None = Field(None, description="null = the experiment's")
+    error: Literal["codec", "gradient", "none"] = Field("codec", description="how Mango keeps the error, whatever is chosen")
+    ranks: list[float] | None = Field(None, description="to choose from; null = those of mango.policy.actions; [1.0] = no low-rank stage")
+
+
 class Policy(Strict):
     """The experiment on policies (see ``mango.policy``): what they are trained on, and the tasks and budgets that judge them."""
 
@@ -253,15 +263,21 @@ class Policy(Strict):
     weights: Annotated[list[float], Field(min_length=4, max_length=4)] = Field(
         [1.0, 0.5, 0.05, 0.05], description="of loss, memory, seconds and joules in the reward; all > 0 for Pareto-optimal choices"
     )
-    policies: Annotated[list[str], Field(min_length=1)] = Field(description="names of mango.policy.REGISTRY, or oracle")
+    policies: Annotated[list[str], Field(min_length=1)] = Field(
+        description="names of mango.policy.REGISTRY, or what the rules of this tier train: cloned-<kind> or scratch"
+    )
+    oracle_seeds: list[Count] = Field([], description="of the greedy oracle, whose runs take about ten times as long; empty = not judged")
     budgets: Annotated[list[float], Field(min_length=1)] = Field(description="of the evaluation, bytes of state for each value")
     held_out: Annotated[dict[str, PolicyTask], Field(min_length=1)]
+    ablations: dict[str, PolicyAblation] = {}
     train: dict[str, PolicyTask] = Field({}, description="tasks of traces and of PPO, which run only when they are asked for")
     train_budgets: list[float] = []
-    traces: Count = Field(0, description="episodes of each expert")
+    traces: Count = Field(0, description="episodes of each expert that is a rule")
+    oracle_traces: Count = Field(0, description="of the greedy oracle")
     epochs: Count = Field(0, description="of imitation")
     iterations: Count = Field(0, description="of PPO")
     episodes: Positive = Field(12, description="in an iteration of PPO")
+    workers: Positive = Field(1, description="processes that play them")
 
 
 class TierConfig(Strict):

@@ -6,7 +6,7 @@ FIGURES = {
     "02_theory": [],
     "03_optimizer": ["pareto", "curves", "recovered", "contraction"],
     "04_molegrad": ["recovered", "kept", "energy", "contexts", "curves"],
-    "05_policy": ["costs", "decisions"],
+    "05_policy": ["costs", "decisions", "attention"],
 }
 # Notebook -> what it reads: experiments, the contexts, the theorems, or the evaluation of policies. It runs in the tiers that have all of it.
 READS = {

@@ -132,6 +132,22 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
             r"\path{tests/test_contexts.py}",
         ),
         Evidence(
+            r"\Cref{sec:policy}: policies on held-out tasks, oracle, ablations",
+            "policy_evaluation",
+            f"results/{tier}/policy/evaluation.json",
+            "policy/evaluation",
+            None,
+            r"\path{tests/test_policy.py}, \path{tests/test_policy_runs.py}",
+        ),
+        Evidence(
+            "The learned policies that ship, from traces to PPO",
+            "policy",
+            r"results/long/policy/\{tinyformer,lstm\}.safetensors",
+            "policy/ppo",
+            None,
+            r"recipe and agreement with experts in the files' headers; \path{tests/test_policy.py}",
+        ),
+        Evidence(
             r"\Cref{tab:theorems} and the figures of \cref{sec:theory}",
             "notebook_02_theory",
             f"results/{tier}/figures/02_theory/numbers.json",
