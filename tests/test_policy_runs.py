@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -28,7 +29,8 @@ from mango.policy.rules import Uniform
 from mango.policy.tinyformer import TinyFormer
 from mango.policy.workers import Episodes, Workers
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "scripts"))
+policy_evaluation = importlib.import_module("policy_evaluation")
 TASK = Task(
     "digits",
     {"name": "digits", "train": 100, "test": 50, "augment": False},
@@ -386,19 +388,7 @@ def judged(names: Sequence[str], **changes: object) -> dict:
     }
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("policy_script", ROOT / "workflow/scripts/policy.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "policy_script", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_an_evaluation_judges_every_policy_the_oracle_and_each_ablation(script, tmp_path: Path) -> None:
+def test_an_evaluation_judges_every_policy_the_oracle_and_each_ablation(tmp_path: Path) -> None:
     from mango.training import config
 
     ablations = {
@@ -406,7 +396,7 @@ def test_an_evaluation_judges_every_policy_the_oracle_and_each_ablation(script, 
         "error-none": {"policies": ["tinyformer"], "budgets": [1.0], "error": "none"},
     }
     given = config.Policy(**judged(["static", "tinyformer", "lstm"], oracle_seeds=[0], ablations=ablations))
-    script.evaluate(given, "smoke", tmp_path / "evaluation.json")
+    policy_evaluation.evaluate(given, "smoke", tmp_path / "evaluation.json")
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert [(run["ablation"], run["policy"]) for run in record["runs"]] == [
         *(("", name) for name in ("static", "tinyformer", "lstm", "oracle")),
@@ -424,17 +414,41 @@ def test_an_evaluation_judges_every_policy_the_oracle_and_each_ablation(script, 
     assert [len(decision["attention"]) for decision in record["decisions"]] == [1 + len(record["decisions"][0]["layers"])] * 2
 
 
-def test_a_learned_policy_is_not_judged_on_other_actions_than_its_own(script, tmp_path: Path) -> None:
+def test_a_stopped_evaluation_goes_on_and_judges_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mango.training import config
+
+    given, judge, done = config.Policy(**judged(["static", "uniform"], seeds=[0, 1])), policy_evaluation.judge, []
+
+    def stopping(compared, name: str, run: TrainingRun, *rest: object) -> dict:
+        if len(done) == 3:
+            done.append("stop")
+            raise Killed
+        done.append(f"{name} {run.seed}")
+        return judge(compared, name, run, *rest)
+
+    monkeypatch.setattr(policy_evaluation, "judge", stopping)
+    with pytest.raises(Killed):
+        policy_evaluation.evaluate(given, "smoke", tmp_path / "evaluation.json")
+    part = tmp_path / "evaluation.part.jsonl"
+    part.write_text(part.read_text() + '{"half a li')
+    policy_evaluation.evaluate(given, "smoke", tmp_path / "evaluation.json")
+    assert done == ["static 0", "uniform 0", "static 1", "stop", "uniform 1"]
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(run["policy"], run["seed"]) for run in record["runs"]] == [("static", 0), ("uniform", 0), ("static", 1), ("uniform", 1)]
+    assert not part.exists()
+
+
+def test_a_learned_policy_is_not_judged_on_other_actions_than_its_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"policies: tinyformer = \(1.0,\) is not legal: only \(0.03125"):
-        script.policy_of("tinyformer", Actions(ranks=(1.0,)), tmp_path)
+        policy_evaluation.policy_of("tinyformer", Actions(ranks=(1.0,)), tmp_path)
     with pytest.raises(ConfigError, match="an existing file"):
-        script.policy_of("scratch", Actions(), tmp_path)
-    assert isinstance(script.policy_of("uniform", Actions(ranks=(1.0,)), tmp_path), Uniform)
+        policy_evaluation.policy_of("scratch", Actions(), tmp_path)
+    assert isinstance(policy_evaluation.policy_of("uniform", Actions(ranks=(1.0,)), tmp_path), Uniform)
     assert set(policy.REGISTRY) >= {"tinyformer", "lstm"}
 
 
-def test_training_needs_tasks(script) -> None:
+def test_training_needs_tasks() -> None:
     from mango.training import config
 
     with pytest.raises(ConfigError, match=r"policy.train = \[\] is not legal: at least one task"):
-        script.environment(config.Policy(**judged(["static"])), 0)
+        importlib.import_module("policy").environment(config.Policy(**judged(["static"])), 0)

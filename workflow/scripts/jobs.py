@@ -221,9 +221,10 @@ def policy_code(tier: TierConfig) -> str:
     }
     rules = {entry(policy.REGISTRY, name) for name in policy.REGISTRY}
     kinds = {entry(codecs.REGISTRY, name) for name in ("bf16", "int8", "nf4")}
+    scripts = [f"workflow/scripts/{name}.py" for name in ("policy", "policy_evaluation")]
     files = sorted((ROOT / "mango" / "policy").glob("*.safetensors"))
     shipped = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-    return f"{digest(['workflow/scripts/policy.py', *sorted(parts | rules | kinds)])}-{shipped}"
+    return f"{digest([*scripts, *sorted(parts | rules | kinds)])}-{shipped}"
 
 
 def notebook_records(tier: TierConfig, subject: str) -> list[str]:
