@@ -142,7 +142,7 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
         Evidence(
             "The learned policies that ship, from traces to PPO",
             "policy",
-            r"results/long/policy/\{tinyformer,lstm\}.safetensors",
+            "results/long/policy/tinyformer.safetensors",
             "policy/ppo",
             None,
             r"recipe and agreement with experts in the files' headers; \path{tests/test_policy.py}",

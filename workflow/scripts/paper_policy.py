@@ -12,8 +12,8 @@ LABELS = {
     "budget": "Exact budget",
     "tinyformer": "TinyFormer",
     "lstm": "LSTM over layers",
-    "cloned-tinyformer": "TinyFormer, imitation alone",
-    "cloned-lstm": "LSTM, imitation alone",
+    "cloned-tinyformer": "TinyFormer, cloned",
+    "cloned-lstm": "LSTM, cloned",
     "scratch": "TinyFormer, PPO alone",
     "oracle": "Greedy oracle",
 }
@@ -148,7 +148,7 @@ def table(numbers: Numbers) -> str:
     """One row for each policy."""
     from paper_tables import tabular
 
-    head = ["policy", "hypervolume", r"\SI{95}{\percent} interval", "regret", "to oracle", "log loss ratio", "state", "seconds"]
+    head = ["policy", "volume", r"\SI{95}{\percent} interval", "regret", "to oracle", "log loss", "state", "seconds"]
     rows = []
     for name in numbers.get("policy.variants", []):
         keys = ("volume", "low", "high", "regret", "behind", "loss", "memory", "seconds")
@@ -171,7 +171,7 @@ def ablation_table(numbers: Numbers) -> str:
     """One row for each policy of each ablation."""
     from paper_tables import tabular
 
-    head = ["changed", "policy", "budgets", "reward", r"\SI{95}{\percent} interval", "log loss ratio", "state", "seconds"]
+    head = ["changed", "policy", "budgets", "reward", r"\SI{95}{\percent} interval", "log loss", "state", "seconds"]
     rows = []
     for ablation in numbers.get("policy.ablations", []):
         change, _, name = ablation.partition(" ")
