@@ -8,6 +8,8 @@ REGISTRY = Registry(
         "gpt": "mango.models.gpt:GPT",
         "resnet": "mango.models.resnet:ResNet",
         "resnet18": "mango.models.resnet:resnet18",
+        "resnet50": "mango.models.vision:resnet50",
+        "vit": "mango.models.vision:vit",
     },
 )
 get = REGISTRY.get

@@ -53,6 +53,27 @@ class Images(Data):
     augment: bool = Field(True, description="random crops, and mirror images where a class keeps its meaning")
 
 
+class ImageFolder(Data):
+    """Images in class folders or tar shards: see ``mango.data.imagefolder``."""
+
+    name: Literal["imagefolder"]
+    root: str | None = Field(
+        None, description="folder with train and val or test; null = imagefolder or Tiny-ImageNet-100 in the data folder, else photographs"
+    )
+    size: Positive = Field(64, description="height and width in pixels")
+    classes: Positive | None = Field(None, description="the first of them by name; null = all")
+    decode: Literal["once", "streamed"] = Field(
+        "once", description="once: into memory; streamed: whenever an image is used, for large sets"
+    )
+    workers: Count = Field(0, description="processes that decode ahead when streamed")
+    corrupt: Literal["error", "skip"] = Field("error", description="what becomes of a damaged image or shard: skipped ones are counted")
+    empty: Literal["warn", "error"] = Field("warn", description="what is said of a class without training images; it stays an output")
+    augment: bool = Field(True, description="random crops and mirror images")
+    randaugment: Annotated[int, Field(ge=0, le=30)] = Field(0, description="magnitude; 0 = none")
+    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="parameter of the Beta distribution; 0 = none")
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="probability that labels give to all classes alike")
+
+
 class Text(Data):
     """Text as bytes or tokens."""
 
@@ -76,6 +97,24 @@ class ResNet18(Strict):
     name: Literal["resnet18"]
 
 
+class ResNet50(Strict):
+    """torchvision's ResNet-50."""
+
+    name: Literal["resnet50"]
+
+
+class ViT(Strict):
+    """torchvision's vision transformer; ViT-B/16 unless fields say otherwise. Images are ``data.size`` pixels on a side."""
+
+    name: Literal["vit"]
+    size: Positive = Field(224, description="height and width of the images in pixels")
+    patch: Positive = 16
+    depth: Positive = 12
+    heads: Positive = 12
+    width: Positive = 768
+    ffn: Positive = Field(4, description="hidden channels of the feed-forward part, as a multiple of the width")
+
+
 class GPT(Strict):
     """A GPT of nanochat's shape: see ``mango.models.gpt``. The vocabulary is the data's."""
 
@@ -87,9 +126,11 @@ class GPT(Strict):
     ffn: Positive = Field(4, description="hidden channels of the feed-forward part, as a multiple of the width")
 
 
-AnyData = Annotated[Images | Text, Field(discriminator="name")]
-Model = Annotated[ResNet | ResNet18 | GPT, Field(discriminator="name")]
-READS: dict[type[Data], tuple[type[Strict], ...]] = {Images: (ResNet, ResNet18), Text: (GPT,)}  # the models that each kind of data is for
+AnyData = Annotated[Images | ImageFolder | Text, Field(discriminator="name")]
+Model = Annotated[ResNet | ResNet18 | ResNet50 | ViT | GPT, Field(discriminator="name")]
+VISION = (ResNet, ResNet18, ResNet50, ViT)
+# The models that each kind of data is for.
+READS: dict[type[Data], tuple[type[Strict], ...]] = {Images: VISION, ImageFolder: VISION, Text: (GPT,)}
 
 
 class Train(Strict):
@@ -110,6 +151,9 @@ class Train(Strict):
         0.4, description="share of the steps in which schedule warmdown goes down to the floor"
     )
     floor: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="the schedule ends at this share of the learning rate")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of the running mean of the weights, which is what is evaluated and kept; null = none"
+    )
     clip: Annotated[float, Field(gt=0)] | None = Field(None, description="largest global gradient norm; null = no clipping")
     autocast: Literal["bf16"] | None = None
     channels_last: bool = False
@@ -181,6 +225,9 @@ class Task(Strict):
         if not isinstance(self.model, models):
             legal = ", ".join(get_args(model.model_fields["name"].annotation)[0] for model in models)
             raise ValueError(f"model.name = {self.model.name!r} is not legal: one of {legal}, for data.name = {self.data.name}")
+        pixels = self.data.size if isinstance(self.data, ImageFolder) else 32
+        if isinstance(self.model, ViT) and self.model.size != pixels:
+            raise ValueError(f"model.size = {self.model.size} is not legal: {pixels}, as the images are")
         return self
 
 

@@ -40,6 +40,8 @@ class DataIdentity(Strict):
     train: int
     test: int
     validation: int = 0
+    corrupt: int = Field(0, ge=0, description="damaged images or shards that were left out, as the configuration allows")
+    empty: list[str] = Field([], description="classes without training images")
 
 
 class Throughput(Strict):
@@ -50,16 +52,18 @@ class Throughput(Strict):
 class Scores(Strict):
     """``test_*`` when the test set was evaluated, ``validation_*`` when the configuration chose the validation set.
 
-    Losses are mean cross-entropies in nats. The task's own metric is accuracy for images and bits per byte for text.
+    Losses are mean cross-entropies in nats. The task's own metric is accuracy (and top-5 accuracy) for images and bits per byte for text.
     """
 
     step: int
     train_loss: float | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None
+    test_top5: float | None = None
     test_bits_per_byte: float | None = None
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    validation_top5: float | None = None
     validation_bits_per_byte: float | None = None
 
 

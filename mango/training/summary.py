@@ -39,6 +39,7 @@ class Counters:
     memory: list[dict[str, int]] = field(default_factory=list)  # bytes by category after the steps that end a train line
     missed: int = 0
     malformed: int = 0
+    skipped: list[str] = field(default_factory=list)  # damaged examples that were left out
     plan: list[dict[str, Any]] = field(default_factory=list)
     contraction: list[dict[str, Any]] = field(default_factory=list)
     started: str = ""

@@ -137,7 +137,7 @@ def data_settings(tier: TierConfig, experiment: str) -> str:
     chosen = tier.experiments[experiment].data
     if chosen.source == "download":  # looking would fetch it
         return chosen.model_dump_json()
-    used, origin = data.find(chosen.name, chosen.source)
+    used, origin = data.find(chosen.name, chosen.source, getattr(chosen, "root", None))
     return f"{chosen.model_dump_json()} {used} {origin.key()}"
 
 
