@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 import warnings
 from pathlib import Path
@@ -13,11 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mango import data
+from mango import data, models
 from mango.data import photographs
 from mango.data.decode import decode_image
 from mango.data.recipe import Recipe
 from mango.errors import ConfigError, DataError
+from mango.training import checkpoint
+from mango.training.config import load, resolve
+from mango.training.loop import train
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CLASSES = ("ant", "bee", "elk")
 
@@ -197,3 +206,66 @@ def test_randaugment_changes_images_one_by_one_and_leaves_the_global_generator()
     assert changed.shape == images.shape and changed.dtype == torch.uint8
     assert 0 < sum(torch.equal(a, b) for a, b in zip(changed, images, strict=True)) + 1 < 9
     assert torch.equal(changed, Recipe(randaugment=20).augment(images, seed=1))
+
+
+TIER = """
+tier: test
+experiments:
+  animals:
+    seeds: [0]
+    minutes: 1
+    data: {{name: imagefolder, root: {root}, size: 16, decode: streamed, corrupt: skip, randaugment: 9, mixup: 0.2, smoothing: 0.1}}
+    model: {{name: resnet, width: 16, blocks: [1, 1], stem: patch2}}
+    train: {{steps: 9, batch: 5, eval_every: 3, log_every: 3, checkpoint_every: 4, ema: 0.5}}
+    variants:
+      mango: {{optimizer: mango, options: {{lr: 3e-3}}}}
+"""
+KILLED = """
+import os, signal, sys
+from mango.training.config import load, resolve
+from mango.training.loop import train
+
+def stop(kind, done, total):
+    if kind == "steps" and done == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(resolve(load(sys.argv[1]), "animals", "mango", 0), sys.argv[2], progress=stop)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:skipped", "ignore:.*has no training images")
+def test_a_run_that_is_killed_within_an_epoch_resumes_to_the_unbroken_numbers(tmp_path: Path) -> None:
+    root = folders(tmp_path / "set")
+    for label in ("ant", "elk"):  # one is met before the checkpoint, or both, or none: the count is the unbroken run's
+        (root / "train" / label / "2.JPEG").write_bytes(b"damaged")
+    file = tmp_path / "tier.yaml"
+    file.write_text(TIER.format(root=root))
+    run = resolve(load(file), "animals", "mango", 0)
+    whole = train(run, tmp_path / "whole")
+    command = [sys.executable, "-c", KILLED, str(file), str(tmp_path / "killed")]
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=250)
+    assert killed.returncode == -signal.SIGKILL
+    assert checkpoint.load(tmp_path / "killed" / "checkpoint.pt")["counters"]["step"] == 4  # of 3 steps an epoch
+    done = train(run, tmp_path / "killed", resume=True)
+    assert done.resumed == [4]
+    assert (done.metrics, done.data, done.contraction) == (whole.metrics, whole.data, whole.contraction)
+    assert whole.data.corrupt == 2 and whole.data.empty == ["void"]
+    models = [torch.load(tmp_path / name / "model.pt", weights_only=True)["model"] for name in ("whole", "killed")]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit"])
+def test_torchvisions_models_take_the_sizes_of_their_papers(name: str) -> None:
+    with torch.device("meta"):
+        model = models.get(name, classes=1000)
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    assert sum(p.numel() for p in model.parameters()) == {"resnet50": 25_557_032, "vit": 86_567_656}[name]
+
+
+def test_a_transformer_for_other_images_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tier.yaml"
+    file.write_text(TIER.format(root="x").replace("{name: resnet, width: 16, blocks: [1, 1], stem: patch2}", "{name: vit, size: 32}"))
+    with pytest.raises(ConfigError, match=r"model\.size = 32 is not legal: 16, as the images are"):
+        load(file)
+    with pytest.raises(ConfigError, match=r"model\.patch = 16 is not legal: a divisor of model\.size = 20"):
+        models.get("vit", classes=2, size=20)

@@ -133,7 +133,7 @@ def test_the_exported_schema_accepts_shipped_tiers_and_rejects_an_unknown_key(pa
         (
             "{name: resnet, width: 16, blocks: [1, 1], stem: patch2}",
             "{name: gpt}",
-            "experiments.digits.model.name = 'gpt' is not legal: one of resnet, resnet18, for data.name = digits",
+            "experiments.digits.model.name = 'gpt' is not legal: one of resnet, resnet18, resnet50, vit, for data.name = digits",
         ),
         (
             "name: text,",
