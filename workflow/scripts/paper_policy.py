@@ -8,7 +8,7 @@ LABELS = {
     "static": "Static",
     "uniform": "Uniform (COMP-AMS)",
     "heuristic": "Energy threshold",
-    "rankschedule": "Rank schedule (AdaRankGrad)",
+    "rankschedule": "AdaRankGrad's ranks",
     "budget": "Exact budget",
     "tinyformer": "TinyFormer",
     "lstm": "LSTM over layers",
@@ -163,7 +163,7 @@ CHANGES = {
     "full-rank": "no low-rank stage",
     "error-none": "no error feedback",
     "error-codec": "error in four bits",
-    "error-gradient": "error in single precision",
+    "error-gradient": "error, full precision",
 }
 
 
