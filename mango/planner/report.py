@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from mango import codecs
 from mango.errors import ConfigError
 from mango.mole.config import MoleConfig
 from mango.mole.convert import convert, revert
@@ -159,6 +158,8 @@ class _Planner:
                 with _converted(self.target, store):
                     return trace(self.target.module, lambda model: self.target.loss(model, batch, length, dtype), dtype)
 
+            if store is not None:
+                measure(UNITS[self.target.axis])  # makes the codecs' tables, which would be in the first trace alone
             self.growths[dtype, store] = Growth(measure, UNITS[self.target.axis])
         return self.growths[dtype, store]
 
@@ -229,8 +230,6 @@ def _converted(target: Target, store: str | None) -> Iterator[None]:
     if store is None:
         yield
         return
-    codec = codecs.get(store)
-    codec.decode(codec.encode(torch.empty(64, device="meta")))  # makes the codec's tables, which would be in the first trace alone
     convert(target.module, MoleConfig(store=store, targets="all", exclude=tuple(target.patterns())))
     try:
         yield
