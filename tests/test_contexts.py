@@ -42,7 +42,7 @@ def test_it_needs_torch_and_numpy_alone_and_leaves_run_records(tmp_path: Path) -
     """As on a bare machine: every other package is refused."""
     script = str(ROOT / "workflow" / "scripts" / "contexts.py")
     arguments = ["--tier", "gpu", "--out", str(tmp_path), "--depth", "1", "--vocabulary", "256", "--device", "cpu"]
-    arguments += ["--lengths", "32", "64", "--steps", "2", "--cap", "0.0045", "--limit", "512"]
+    arguments += ["--lengths", "32", "64", "--steps", "2", "--cap", "0.0027", "--limit", "512"]
     refuse = (
         "import runpy, sys\n"
         f"sys.modules.update(dict.fromkeys({ABSENT!r}))\n"  # None there makes an import fail

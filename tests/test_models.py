@@ -13,6 +13,7 @@ from torch.nn import functional
 from mango import models, optim
 from mango.errors import ConfigError
 from mango.models.gpt import GPT, ROTARY_BASE, SOFTCAP, Attention, norm, positions, rotated
+from mango.models.head import streamed_loss
 from mango.models.sampling import generate
 
 
@@ -210,3 +211,23 @@ def test_it_learns_a_rule_that_needs_attention() -> None:
 def test_bad_sizes_are_named(changes: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         small(**changes)
+
+
+def test_the_streamed_loss_is_the_loss_of_the_logits() -> None:
+    torch.manual_seed(0)
+    model = models.get("gpt", vocabulary=50, depth=1, width=32, heads=2)
+    torch.nn.init.normal_(model.head.weight, std=1.0)  # far enough for the cap to bend
+    tokens = torch.randint(50, (2, 12))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    whole = functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    whole.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    for chunk in (5, 1024):
+        model.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(streamed_loss, "__defaults__", (chunk,))
+            loss = model(inputs, targets=targets)
+        assert torch.allclose(loss, whole, atol=1e-6)
+        loss.backward()
+        for p, grad in zip(model.parameters(), expected, strict=True):
+            assert float((p.grad - grad).norm()) <= 1e-5 * float(grad.norm())

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mango.errors import ConfigError
+from mango.models.head import streamed_loss
 
 ROTARY_BASE = 10_000.0  # Su et al., arXiv:2104.09864
 SOFTCAP = 15.0  # logits lie in (-15, 15), as in nanochat
@@ -153,8 +154,16 @@ class GPT(nn.Module):
                 nn.init.normal_(layer.weight, std=(2 * depth * layer.in_features) ** -0.5)
         nn.init.normal_(self.head.weight, std=1e-3)
 
-    def forward(self, tokens: Tensor, past: Sequence[Past] | None = None) -> Tensor:  # (b, t) int64 -> (b, t, vocabulary)
-        """Logits of the token after each; with ``past``, one for each block, ``tokens`` follow those that it has seen."""
+    def forward(
+        self,
+        tokens: Tensor,  # (b, t) int64
+        past: Sequence[Past] | None = None,
+        targets: Tensor | None = None,  # (b, t) int64
+    ) -> Tensor:
+        """Logits of the token after each, (b, t, vocabulary); with ``past``, one for each block, ``tokens`` follow those that it has seen.
+
+        With ``targets`` the mean cross-entropy instead, for which few logits exist at one time (see ``mango.models.head``).
+        """
         x = norm(self.embedding(tokens))
         cosine, sine = positions(tokens.shape[1], self.channels, x, start=past[0].length if past else 0)
         for number, block in enumerate(self.blocks):
@@ -163,6 +172,8 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, cosine, sine, use_reentrant=True)
             else:
                 x = block(x, cosine, sine, past[number] if past else None)
+        if targets is not None:
+            return streamed_loss(norm(x).flatten(0, 1), self.head.weight, targets.flatten(), SOFTCAP)
         return SOFTCAP * torch.tanh(self.head(norm(x)).float() / SOFTCAP)
 
     def past(self, capacity: int) -> list[Past]:

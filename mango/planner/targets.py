@@ -99,7 +99,7 @@ def _nanochat(depth: int) -> Target:
         module = GPT(65536, depth=depth)
 
     def loss(model: Callable[..., Any], batch: int, size: int, dtype: torch.dtype) -> Tensor:
-        return nn.functional.cross_entropy(model(_tokens(batch, size)).flatten(0, 1), _tokens(batch, size).flatten())
+        return model(_tokens(batch, size), targets=_tokens(batch, size))
 
     return Target(f"nanochat d{depth}", module, loss, size=2048, ends=LANGUAGE_ENDS)
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from mango import data, models, optim
 from mango.mole import MoleConfig, convert
@@ -66,8 +65,7 @@ def run(method: str, length: int, options: argparse.Namespace, steps: int) -> di
 
         def loss(inputs: torch.Tensor = inputs, targets: torch.Tensor = targets) -> torch.Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = model(inputs)
-            return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+                return model(inputs, targets=targets)  # few logits at one time, for every method
 
         optimizer.zero_grad(set_to_none=True)
         if step == 0:  # counted on this step alone: the hooks take time
