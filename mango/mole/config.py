@@ -49,7 +49,7 @@ class MoleConfig:
         power_iters: power steps a training step.
         scouts: columns that start each step as fresh Gaussian directions (T3).
         warm_start_decay: weight of what was tracked before beside the present gradient, in [0, 1): the power step is taken on
-            (1 - d) G Gᵀ + d P diag(energy) Pᵀ. 0 follows the present gradient alone.
+            (1 - d) G Gᵀ + d P diag(energy) Pᵀ. 0 follows the present gradient alone, which leaves the least for an unbiased rest.
         orthogonalization: "cholesky" (with its fallback to QR, see mango.subspace) or "qr" always.
         sketch_basis: how the basis of "sketch" moves: "scouts", it follows the singular directions of its own gradients; or "random", a
             fresh one every step (CompAct, arXiv:2410.15352).
