@@ -2,19 +2,23 @@
 
 # Notebook -> the figures it leaves, each as PDF and PNG.
 FIGURES = {
+    "00_quickstart": ["loss"],
     "01_cifar10": ["curves", "pareto", "recovered", "contraction"],
     "02_theory": [],
     "03_optimizer": ["pareto", "curves", "recovered", "contraction"],
     "04_molegrad": ["recovered", "kept", "energy", "contexts", "curves"],
     "05_policy": ["costs", "decisions", "attention"],
+    "06_vision": ["pareto", "curves_cnn", "curves_vit", "recovered_cnn", "recovered_vit"],
 }
 # Notebook -> what it reads: experiments, the contexts, the theorems, or the evaluation of policies. It runs in the tiers that have all of it.
 READS = {
+    "00_quickstart": (),
     "01_cifar10": ("cifar10",),
     "02_theory": ("theory",),
     "03_optimizer": ("language", "cifar10"),
     "04_molegrad": ("nanochat", "contexts"),
     "05_policy": ("policy",),
+    "06_vision": ("imagenet-cnn", "imagenet-vit"),
 }
 # What it reads besides in the tiers that have it, for one figure more.
 ABLATION = [name for name in ("ablation-cifar10", "ablation-language") if name in TIER_CONFIG.experiments]
