@@ -3,8 +3,8 @@
 python workflow/scripts/archive.py cifar10 --minutes 50 --out results/archive/rtx5090-2026-12
 python workflow/scripts/archive.py imagenet-cnn --config workflow/config/smoke.yaml --minutes 1 --out /tmp/archive --variants adamw frozen mango
 
-The data travel as the archives of the data folder ($MANGO_DATA) and are decoded here. All variants of the first seed come before those of
-the second. A run that the limit cuts off leaves its checkpoint, from which the same command goes on.
+The data travel as the archives of the data folder ($MANGO_DATA) and are decoded here. All variants of the first seed come before those
+of the second. A run that the limit cuts off leaves its checkpoint, from which the same command goes on.
 """
 
 from __future__ import annotations
