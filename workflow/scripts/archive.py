@@ -1,7 +1,7 @@
 """Run variants of an experiment inside a time limit and keep the records: what is meant for an hour on someone's accelerator.
 
 python workflow/scripts/archive.py cifar10 --minutes 50 --out results/archive/rtx5090-2026-12
-python workflow/scripts/archive.py imagenet-cnn --config workflow/config/smoke.yaml --minutes 1 --out /tmp/archive --variants adamw frozen mango
+python workflow/scripts/archive.py imagenet-cnn --config workflow/config/smoke.yaml --minutes 1 --out /tmp/a --variants adamw mango
 
 The data travel as the archives of the data folder ($MANGO_DATA) and are decoded here. All variants of the first seed come before those
 of the second. A run that the limit cuts off leaves its checkpoint, from which the same command goes on.
