@@ -256,6 +256,7 @@ def test_data_list_and_verify(here: Callable[..., tuple[int, str, str]]) -> None
         "cifar10": "embedded",
         "digits": "embedded",
         "fineweb-edu": "embedded",
+        "imagefolder": "embedded",
         "text": "embedded",
     }
     code, out, err = here("data", "verify", "digits")
