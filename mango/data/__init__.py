@@ -16,6 +16,8 @@ NAMES = {
     "digits": "1 797 handwritten digits of scikit-learn, enlarged to 32x32: the embedded stand-in for images",
     "text": "English: news, addresses and WikiText-2; embedded stand-in: Python's documentation",
     "fineweb-edu": "web pages in parquet shards, column `text`; embedded stand-in: Python's documentation",
+    "c4": "web pages in shards of gzipped JSON lines, field `text`; embedded stand-in: Python's documentation",
+    "movie-reviews": "2 000 reviews, a domain to fine-tune on (Pang and Lee 2004); embedded stand-in: Python's code",
 }
 REGISTRY = Registry(
     "data.name",
@@ -24,6 +26,8 @@ REGISTRY = Registry(
         "digits": "mango.data.embedded:find",
         "text": "mango.data.text:find",
         "fineweb-edu": "mango.data.shards:find",
+        "c4": "mango.data.shards:find_c4",
+        "movie-reviews": "mango.data.reviews:find",
     },
 )
 
@@ -58,7 +62,7 @@ def load(
         train, test, validation: how many images or bytes of each, always the same ones; None = all. Validation is taken from what would
             be trained on. An embedded stand-in that holds less gives all it has.
         progress: called with the number of images decoded so far.
-        options: of this kind of data: ``augment`` for images, ``sequence`` and ``vocabulary`` for text.
+        options: of this kind of data: ``augment`` for images, ``sequence``, ``vocabulary`` and ``tokenizer`` for text.
 
     Raises: ConfigError, DataError.
     """

@@ -19,7 +19,7 @@ from mango.optim.fused import FusedBackward
 from mango.optim.guard import Guard
 from mango.optim.layers import Hyper, LayerStack, Workspace
 from mango.optim.options import plan_of, validate
-from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
+from mango.optim.plan import LayerPlan, is_adapter, is_matrix, matrix_count, matrix_shape
 
 if TYPE_CHECKING:
     from mango.policy.base import Policy
@@ -49,7 +49,8 @@ class Mango(torch.optim.Optimizer):
 
     or, with ``power="half"``, P = orth(H [M', S]ᵀ) from the momentum. The map H -> PU contracts with T3's certificate in expectation over
     the scouts. Between steps only P, M, sqrt(V) and E are kept, each through the codec that the plan names. Tensors with fewer than two
-    dimensions or 4096 values, and groups with ``plan=None``, are stepped by plain AdamW with float32 moments.
+    dimensions or 4096 values, LoRA's factors (known by peft's names) and groups with ``plan=None`` are stepped by plain AdamW with
+    float32 moments.
 
     Sources: GaLore (arXiv:2403.03507) for Adam on a projected gradient, Fira (arXiv:2410.01623) for stepping along the residual,
     Adafactor (arXiv:1804.04235) for its scales, LDAdam (arXiv:2410.16103) for moments that follow the basis and for the kept error.
@@ -178,7 +179,7 @@ class Mango(torch.optim.Optimizer):
         number = next(number for number, other in enumerate(self.param_groups) if other is group)
         names = group.get("param_names") or [f"param_groups[{number}]['params'][{place}]" for place in range(len(group["params"]))]
         for place, (param, name) in enumerate(zip(group["params"], names, strict=True)):
-            plan = plan_of(group, place) if is_matrix(param.shape) else None
+            plan = plan_of(group, place) if is_matrix(param.shape) and not is_adapter(name) else None
             self._places[param] = _Place(group, name, len(self._places), plan)
 
     def _prepare(self) -> None:
@@ -364,7 +365,8 @@ class Mango(torch.optim.Optimizer):
 
     def own_plans(self) -> dict[str, LayerPlan | None]:
         """The plans that the groups ask for, whatever ``set_plan`` or a policy made of them."""
-        return {place.name: plan_of(place.group) for param, place in self._places.items() if is_matrix(param.shape)}
+        asked = {place.name: plan_of(place.group) for param, place in self._places.items() if is_matrix(param.shape)}
+        return {name: None if is_adapter(name) else plan for name, plan in asked.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter, by name."""

@@ -124,6 +124,8 @@ def run_modules(run: RunConfig) -> list[str]:
         mole = MoleConfig.of(run.mole)
         modules += [entry(CONVERSIONS, "mole"), entry(GRADIENTS, mole.gradient)]
         modules += [entry(codecs.REGISTRY, name) for name in {mole.store, mole.derivative_store} if name in codecs.REGISTRY]
+    if run.lora is not None:
+        modules.append(entry(CONVERSIONS, "lora"))
     return modules
 
 
