@@ -148,6 +148,17 @@ def data_code(tier: TierConfig, experiment: str) -> str:
     return digest(["workflow/scripts/prepare_data.py", entry(data.REGISTRY, tier.experiments[experiment].data.name)])
 
 
+def base(tier: TierConfig, experiment: str) -> list[str]:
+    """The checkpoint that an experiment starts from, when it is one that the workflow makes."""
+    path = getattr(tier.experiments[experiment].model, "path", None)
+    return [path] if path is not None and Path(path).is_relative_to(Path("results", tier.tier)) else []
+
+
+def pretrained_code() -> str:
+    """Hash of the code that exports trained weights."""
+    return digest(["workflow/scripts/pretrained.py", entry(models.REGISTRY, "llama")])
+
+
 def theorem_code(theorem: str) -> str:
     """Hash of a theorem's file, the driver, and the modules that the theorem declares it measures."""
     return digest(theorem_modules(theorem))
