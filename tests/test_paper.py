@@ -54,7 +54,7 @@ def source(path: Path) -> str:
 @functools.cache
 def generated() -> Path:
     """What paper_generate writes from the notebooks' real, tiny runs."""
-    for name in ("01_cifar10", "02_theory", "03_optimizer", "04_molegrad", "05_policy"):
+    for name in ("01_cifar10", "02_theory", "03_optimizer", "04_molegrad", "05_policy", "07_llama"):
         executed(name)
     for gpu in ("rtx4090", "rtx5090"):
         path = tiny_results() / TIER / "plan" / f"d1-{gpu}.json"

@@ -7,6 +7,7 @@ FIGURES = {
     "03_optimizer": ["pareto", "curves", "recovered", "contraction"],
     "04_molegrad": ["recovered", "kept", "energy", "contexts", "curves"],
     "05_policy": ["costs", "decisions"],
+    "07_llama": ["pretrain", "held"],
 }
 # Notebook -> what it reads: experiments, the contexts, the theorems, or the evaluation of policies. It runs in the tiers that have all of it.
 READS = {
@@ -15,6 +16,7 @@ READS = {
     "03_optimizer": ("language", "cifar10"),
     "04_molegrad": ("nanochat", "contexts"),
     "05_policy": ("policy",),
+    "07_llama": ("llama-pretrain", "llama-finetune"),
 }
 NOTEBOOKS = [name for name in FIGURES if jobs.subjects(TIER_CONFIG).issuperset(READS[name])]
 

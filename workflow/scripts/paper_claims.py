@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import paper_llama
 import paper_plan
 import paper_policy
 from paper_experiments import EXPERIMENTS, Sentences, count
@@ -42,7 +43,7 @@ def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Rep
     } | paper_plan.sentences(plans)
     for name in EXPERIMENTS:
         found |= (Mole if name == "nanochat" else Sentences)(numbers, name).all()
-    found |= paper_policy.sentences(numbers)
+    found |= paper_policy.sentences(numbers) | paper_llama.sentences(numbers)
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import paper_claims
+import paper_llama
 import paper_plan
 import paper_policy
 from paper_experiments import EXPERIMENTS
@@ -45,6 +46,7 @@ def tables(
         "plan": tabular(*paper_plan.head(plans), paper_plan.rows(plans)),
         "claims": claims(numbers, records, tier, seconds),
         "policy": paper_policy.table(numbers),
+        **paper_llama.tables(numbers, reported),
         "reported": reported_table(reported),
         "machines": machines(numbers),
     }
