@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import lzma
 import tarfile
 import warnings
@@ -32,7 +33,8 @@ class Reviews(TextSource):
 
     def parts(self) -> Iterator[bytes]:
         try:
-            with tarfile.open(self.path) as archive:
+            whole = io.BytesIO(lzma.decompress(self.path.read_bytes()))  # a compressed file would be read from its start for every member
+            with tarfile.open(fileobj=whole) as archive:
                 members = [member for member in archive if member.isfile() and member.name.endswith(".txt")]
                 members.sort(key=lambda member: hashlib.sha256(member.name.encode()).digest())
                 for member in members:
