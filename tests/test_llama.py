@@ -6,8 +6,11 @@ import ast
 import copy
 import dataclasses
 import gzip
+import io
 import json
 import shutil
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch
 
 from mango import LayerPlan, Mango, data, models, optim
 from mango.compat import transformers
-from mango.data.reviews import bare
+from mango.data.reviews import Reviews, bare
 from mango.data.tokenizer import Tokenizer
 from mango.errors import ConfigError, DataError
 from mango.models.adapters import adapt
@@ -29,6 +32,10 @@ from mango.training import checkpoint
 from mango.training.config import RunSpec, TierConfig, resolve, validated
 from mango.training.loop import train
 from mango.training.yamlfile import parse
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "scripts"))
+
+import pretrained
 
 TIER = """
 tier: test
@@ -246,12 +253,41 @@ def test_a_killed_run_resumes_to_the_same_numbers(tier: TierConfig, tmp_path: Pa
     assert resumed.metrics == whole.metrics
 
 
+def test_a_trained_run_becomes_a_checkpoint_that_fine_tuning_starts_from(tier: TierConfig, tmp_path: Path) -> None:
+    record = train(spec(tier, "adamw"), tmp_path / "run")
+    folder = pretrained.export(tmp_path / "run")
+    run = spec(tier, "lora", f"model.path={folder}", "options.lr=0.0", "train.steps=2", "train.eval_every=2")
+    tuned = train(run, tmp_path / "tuned")
+    assert tuned.metrics.final.test_loss == pytest.approx(record.metrics.final.test_loss, rel=1e-5)
+    with pytest.raises(ConfigError, match="without lora"):
+        pretrained.export(tmp_path / "tuned")
+
+
 def test_factors_belong_to_a_llama_alone(tier: TierConfig) -> None:
     with pytest.raises(ConfigError, match=r"only with model\.name = llama"):
         spec(tier, "lora", "freeze=true")
 
 
 # ---------------------------------------------------------------- its data
+
+
+def test_reviews_come_in_one_order_and_a_damaged_archive_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANGO_DATA", str(tmp_path))
+    (tmp_path / "text").mkdir()
+    file = tmp_path / "text" / "movie_reviews.tar.xz"
+    with tarfile.open(file, "w:xz") as archive:
+        for name in ("pos/a.txt", "neg/b.txt", "README"):
+            content = f"This is {name}. ".encode() * 20
+            member = tarfile.TarInfo(f"movie_reviews/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"movie_reviews\.tar\.xz is damaged or another version"):
+        data.load("movie-reviews", sequence=16)
+    text = b"".join(Reviews(file).parts())
+    assert text.count(b"pos/a.txt") == text.count(b"neg/b.txt") == 20 and b"README" not in text
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(DataError, match=r"is not a whole tar\.xz file"):
+        list(Reviews(file).parts())
 
 
 def test_c4s_shards_are_read_and_a_damaged_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
