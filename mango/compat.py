@@ -47,6 +47,12 @@ def torchvision(purpose: str) -> Any:
     return import_module("torchvision")
 
 
+def transforms(purpose: str) -> Any:
+    """torchvision's second generation of transforms, which torchvision does not import by itself."""
+    torchvision(purpose)
+    return import_module("torchvision.transforms.v2")
+
+
 def transformers(purpose: str) -> Any:
     """The transformers module. It imports torchvision where that is installed, which may need the repair above."""
     if find_spec("torchvision") is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from math import prod
 
 import torch
@@ -31,7 +33,9 @@ class Stacked:
         self.codec = codecs.get(codec)
         self.layers, self.shape, self.numel = layers, tuple(shape), prod(shape)
         self.padding = -self.numel % self.codec.block if self.codec.block else 0
-        self.packed: Packed = self.codec.encode(torch.zeros(layers, self.numel + self.padding, device=device))
+        values = self.numel + self.padding
+        on_meta = device.type == "meta"  # sizes are wanted, perhaps of thousands of stacks: there an encoding takes ten milliseconds
+        self.packed: Packed = _like(_sizes(codec, layers, values)) if on_meta else _zeros(codec, layers, values, device)
 
     def read(self, out: Tensor | None = None) -> Tensor:
         """The decoded tensor (layers, *shape), float32; written into a contiguous ``out`` of that shape when given."""
@@ -59,3 +63,19 @@ class Stacked:
     def nbytes(self) -> int:
         """Bytes of every stored tensor, padding included."""
         return self.packed.nbytes
+
+
+def _zeros(codec: str, layers: int, values: int, device: torch.device) -> Packed:
+    return codecs.get(codec).encode(torch.zeros(layers, values, device=device))
+
+
+@cache
+def _sizes(codec: str, layers: int, values: int) -> Packed:
+    return _zeros(codec, layers, values, torch.device("meta"))
+
+
+def _like(packed: Packed) -> Packed:
+    """The same payload in tensors of its own."""
+    return replace(
+        packed, parts={name: _like(part) if isinstance(part, Packed) else torch.empty_like(part) for name, part in packed.parts.items()}
+    )

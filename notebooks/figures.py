@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import common
 import numpy as np
 import pandas as pd
 from common import RunSet
-from experiment import METRICS, contraction, controls, final_losses, headline, metric, ordered, share, spread, table, task
+from experiment import METRICS, contraction, controls, final_losses, group, headline, metric, ordered, share, spread, table, task
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -89,6 +89,29 @@ def draw_recovered(runs: RunSet, look: Looks) -> Figure:
         axis.set_xlabel("recovered gap (0: frozen, 1: dense)")
     else:
         axis.set_xlabel("final test loss (no verdict on the gap in this tier)")
+    return figure
+
+
+def draw_ablation(sets: Sequence[RunSet], look: Looks) -> Figure:
+    """A panel for each task, a row for each cell: its final loss, with the bytes of state per parameter beside it; controls as lines."""
+    names = [name for name in ordered(sets[0]) if group(sets[0], name) == "mango"][::-1]
+    figure, axes = plt.subplots(1, len(sets), figsize=(common.TEXT_WIDTH, 0.9 + 0.23 * len(names)), sharey=True, squeeze=False)
+    for axis, runs in zip(axes[0], sets, strict=True):
+        rows = table(runs)
+        for height, name in enumerate(names):
+            axis.plot(rows.loc[name, "loss"], height, **{**look[name], "linestyle": "none", "markersize": 5})
+            place = {"textcoords": "offset points", "xytext": (5, -2.5), "fontsize": 6.5}
+            axis.annotate(f"{rows.loc[name, 'state']:.2f}", (rows.loc[name, "loss"], height), **place)
+        for name, dash in zip(controls(runs), ("--", ":"), strict=True):
+            if name is not None:
+                axis.axvline(rows.loc[name, "loss"], color="black", linewidth=0.6, linestyle=dash, label=rows.loc[name, "label"], zorder=0)
+        axis.set(xlabel="final test loss", title=runs.common(lambda run: run.data.title))
+        axis.margins(x=0.15)
+        axis.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(range(len(names)), [table(sets[0]).loc[name, "label"] for name in names])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 

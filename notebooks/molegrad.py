@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,14 +38,19 @@ def draw_kept(runs: RunSet, look: Looks) -> Figure:
 
 
 def own_share(runs: RunSet, name: str) -> float | None:
-    """The recovered gap of a converted model with the same optimizer's unconverted runs as dense; None without these, or a verdict."""
+    """The recovered gap of a converted model with the same optimizer's unconverted runs as dense, over the seeds that it has in common
+    with both controls; None without these, or without a verdict."""
     optimizer, (_, frozen), gap = runs.runs[name][0].config.optimizer, controls(runs), task(runs)
     plain = [other for other in runs.runs if other != frozen and runs.runs[other][0].config.optimizer == optimizer]
     plain = [other for other in plain if not kept_otherwise(runs.runs[other][0])]
     if gap is None or not gap.passed or len(plain) != 1 or group(runs, name) != "mole":
         return None
-    loss, dense = (float(np.mean(list(final_losses(runs, each).values()))) for each in (name, plain[0]))
-    return (gap.frozen - loss) / (gap.frozen - dense)
+    losses = [final_losses(runs, each) for each in (name, plain[0], frozen)]
+    seeds = set.intersection(*map(set, losses))
+    if not seeds:
+        return None
+    loss, dense, without = (float(np.mean([each[seed] for seed in seeds])) for each in losses)
+    return (without - loss) / (without - dense)
 
 
 # ---------------------------------------------------------------- captured energy over depth and time
@@ -145,7 +151,7 @@ def report(runs: RunSet, source: RunSet, contexts: RunSet, prefix: str, numbers:
         add(f"{name}.bpb_ratio", row["bits_per_byte"] / rows.loc[dense, "bits_per_byte"] - 1 if dense else None, "+.2%")
     chosen = headline(runs)
     text = runs.runs[chosen][0].sample if chosen else None
-    add("sample", " ".join((text or "").replace("\ufffd", "?").split())[:160] or None)
+    add("sample", excerpt(text or "") or None)
     frame = energy(source)
     add("energy.tier_label", source.label, tier=source.tier)
     add("energy.count", len(frame), "d")
@@ -180,6 +186,13 @@ def _report_contexts(runs: RunSet, add: Any) -> None:
 
 def _ratio(value: float | None, reference: float | None) -> float | None:
     return float(value / reference) if value and reference and np.isfinite([value, reference]).all() else None
+
+
+def excerpt(text: str, length: int = 160) -> str:
+    """The start of a text that a model wrote, as the paper can print it: a dot for each character outside ASCII's printable ones (a young
+    model writes bytes that are no text), and one question mark for several (two are LaTeX's sign of a missing reference)."""
+    dotted = "".join(character if " " <= character <= "~" else "\u00b7" for character in " ".join(text.split()))
+    return re.sub(r"\?{2,}", "?", dotted)[:length]
 
 
 def shown(runs: RunSet) -> Sequence[str]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from hypothesis import settings
+import os
+
+# before torch is imported, and for the processes that tests start: two workers on two cores, each with torch's default of two threads that
+# spin while they wait, take several times as long as one thread each
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # examples are the same on every run and are not timed: the machines that run the tests differ
 settings.register_profile("mango", derandomize=True, deadline=None, max_examples=25)

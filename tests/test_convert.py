@@ -99,9 +99,9 @@ def longest(plan: str, shape: tuple[int, ...]) -> float:
 def test_equal_plans_copy_and_equal_parts_stay_to_the_bit() -> None:
     param, optimizer = trained(LayerPlan(rank=8))
     before = {key: value.clone() for key, value in tensors(optimizer, param).items()}
-    stack = optimizer._stacks[param]
+    stack = optimizer._stacks.of[param]
     optimizer.set_plan(param, {"rank": 8})
-    assert optimizer._stacks[param] is stack  # nothing happened
+    assert optimizer._stacks.of[param] is stack  # nothing happened
     optimizer.set_plan("w", LayerPlan(rank=8, scouts=3))
     assert all(torch.equal(value, before[key]) for key, value in tensors(optimizer, param).items())
     optimizer.set_plan("w", LayerPlan(rank=8, error="none"))

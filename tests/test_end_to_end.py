@@ -42,6 +42,7 @@ def shrink(path: Path) -> None:
     nanochat["data"] |= {"source": "embedded", "train": 20_000, "test": 2000, "validation": 0}
     nanochat["train"] |= {"steps": 4, "eval_every": 2, "log_every": 2, "checkpoint_every": 2, "warmup": 1}
     nanochat["variants"] = {name: nanochat["variants"][name] for name in NANOCHAT}
+    del settings["experiments"]["ablation-language"]  # which a tier may leave out; tests/test_notebooks.py draws one
     settings["policy"] |= {"policies": ["static", "tinyformer"]}
     settings["theory"] = {"seed": 0, "theorems": list(THEOREMS)}
     path.write_text(yaml.safe_dump(settings, sort_keys=False))

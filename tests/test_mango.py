@@ -161,7 +161,7 @@ def test_the_telescoped_sum_of_what_was_used(kind: str) -> None:
         basis = optimizer.state[param]["basis.values"].view(64, 6)
         sent = basis @ (basis.T @ h)
         total, used = total + grad, used + sent
-        stack = optimizer._stacks[param]
+        stack = optimizer._stacks.of[param]
         assert stack.error.store is not None
         error = stack.error.store.read()[0]
         lost += float((h - sent - error).norm())
@@ -258,7 +258,7 @@ def test_batched_layers_step_as_they_would_alone() -> None:
     optimizer = Mango(together, plan=plan)
     for step in range(3):
         push(optimizer, list(zip(together, grads[step], strict=True)))
-    assert len({id(stack) for stack in optimizer._stacks.values()}) == 1
+    assert len({id(stack) for stack in optimizer._stacks.of.values()}) == 1
     alone = matrix(seed=0)
     single = Mango([alone], plan=plan)
     draws = torch.randn(3, 64, 8, generator=counter_generator((0, 1, 0)))[:1]
@@ -269,11 +269,11 @@ def test_batched_layers_step_as_they_would_alone() -> None:
 
 
 def test_large_layers_are_not_stacked_beyond_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mango.optim.mango.STACK_VALUES", 2 * 64 * 96)
+    monkeypatch.setattr("mango.optim.stacks.STACK_VALUES", 2 * 64 * 96)
     params = [matrix(seed=seed) for seed in range(5)]
     optimizer = Mango(params)
     push(optimizer, [(param, torch.ones(64, 96)) for param in params])
-    assert sorted(stack.layers for stack in set(optimizer._stacks.values())) == [1, 2, 2]
+    assert sorted(stack.layers for stack in set(optimizer._stacks.of.values())) == [1, 2, 2]
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (65, 67), (96, 5, 3, 3), (3, 40, 40)])

@@ -106,6 +106,22 @@ SETTINGS = {
                 },
             },
         },
+        "ablation-language": {
+            "seeds": [0],
+            "minutes": 1,
+            "data": {"name": "text", "source": "embedded", "train": 20_000, "test": 2000, "sequence": 32},
+            "model": {"name": "gpt", "depth": 1, "width": 64, "heads": 2, "ffn": 2},
+            "exclude": ["embedding", "head"],
+            "train": {"steps": 2, "batch": 8, "eval_every": 2, "log_every": 1},
+            "variants": {
+                "mango": {
+                    "label": "Mango",
+                    "optimizer": "mango",
+                    "options": {"lr": 3e-3, "plan": {"scouts": 2}},
+                    "vary": {"error": ["none"], "rank": [0.25]},
+                },
+            },
+        },
         "llama-pretrain": {
             "seeds": [0, 1],
             "minutes": 1,
@@ -141,7 +157,12 @@ SETTINGS = {
         "decisions": 2,
         "every": 1,
         "policies": ["static", "budget", "tinyformer"],
+        "oracle_seeds": [0],
         "budgets": [1.0],
+        "ablations": {
+            "low-rank": {"policies": ["budget"], "budgets": [2.5], "seeds": [0]},
+            "full-rank": {"policies": ["budget"], "budgets": [2.5], "seeds": [0], "ranks": [1.0]},
+        },
         "held_out": {
             "digits": {
                 "data": {"name": "digits", "train": 100, "test": 50, "augment": False},
@@ -273,7 +294,17 @@ def test_optimizer_notebook_reads_both_experiments() -> None:
     assert numbers["language.mango-noerror.ablates"]["value"] == "without error feedback"
     assert numbers["language.mango-noerror.loss_std"]["value"] is None, "one seed"
     assert numbers["language.contraction.count"]["value"] > 0
+    assert (out / "ablation.pdf").read_bytes().startswith(b"%PDF")
+    assert numbers["ablation-language.variants"]["value"].count("mango") == 1 and numbers["ablation-language.runs"]["value"] == 3
+    assert numbers["ablation-language.mango-rank-0.25.label"]["value"] == "Mango, rank 0.25"
+    assert numbers["ablation-language.mango-error-none.ablates"]["value"] == "without error feedback"
     assert not any(key.startswith("cifar10.") for key in numbers), "those are the other notebook's"
+
+
+def test_a_text_of_an_untrained_model_can_be_printed() -> None:
+    molegrad = importlib.import_module("molegrad")
+    assert molegrad.excerpt(" a\x01\ufffd\u00e9 ??? b?\n c ") == "a\u00b7\u00b7\u00b7 ? b? c"
+    assert len(molegrad.excerpt("x" * 1000)) == 160
 
 
 def test_molegrad_notebook_tells_converted_models_apart() -> None:
@@ -302,6 +333,39 @@ def test_molegrad_notebook_tells_converted_models_apart() -> None:
     assert 0 < numbers["nanochat.energy.lowest"] <= numbers["nanochat.energy.median"] <= 1.0 + 1e-6
     assert numbers["nanochat.contexts.measured"] is False
     assert numbers["nanochat.contexts.int2.kept"] < numbers["nanochat.contexts.int4.kept"] < 1 == numbers["nanochat.contexts.dense.kept"]
+
+
+def test_policy_notebook_compares_policies_with_rules_and_oracle() -> None:
+    out = executed("05_policy")
+    for figure in ("costs", "decisions", "attention"):
+        assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+        assert (out / f"{figure}.png").stat().st_size > 5000
+    numbers = {key: entry["value"] for key, entry in json.loads((out / "numbers.json").read_text()).items()}
+    record = json.loads((tiny_results() / TIER / "policy" / "evaluation.json").read_text())
+    rewards = {(run["ablation"], run["policy"], run["seed"]): run["reward"] for run in record["runs"]}
+    assert numbers["policy.variants"] == ["static", "budget", "tinyformer", "oracle"]
+    assert numbers["policy.best_rule"] in ("static", "budget") and numbers["policy.label"] == f"live {TIER}"
+    assert numbers["policy.exceeded"] == 0 and numbers["policy.runs"] == 7
+    assert numbers["policy.budget.as_budget"] == 1.0
+    assert numbers["policy.tinyformer.behind"] == pytest.approx(rewards["", "oracle", 0] - rewards["", "tinyformer", 0])
+    assert numbers["policy.ablation.full-rank.budget.reward"] == pytest.approx(rewards["full-rank", "budget", 0])
+    best = {seed: max(rewards["", name, seed] for name in ("static", "budget", "tinyformer")) for seed in (0, 1)}
+    best[0] = max(best[0], rewards["", "oracle", 0])
+    assert numbers["policy.static.regret"] == pytest.approx(sum(best[seed] - rewards["", "static", seed] for seed in (0, 1)) / 2)
+    assert numbers["policy.agreement.budget"] >= 0.9
+
+
+def test_archived_evaluations_of_a_higher_tier_come_first(tmp_path: Path) -> None:
+    import policies
+
+    for place, tier in (("smoke", "smoke"), ("archive/cpu-2-2026-11", "long"), ("archive/rtx5090-2025-12", "gpu")):
+        path = tmp_path / place / "policy" / "evaluation.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"tier": tier}))
+    labels = [found.label for found in policies.evaluations(tmp_path, "smoke")]
+    assert labels == ["archived gpu (rtx5090-2025-12)", "archived long (cpu-2-2026-11)", "live smoke"]
+    with pytest.raises(FileNotFoundError, match="no evaluation of policies"):
+        policies.evaluations(tmp_path / "elsewhere", "smoke")
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1.0, [(1, 2), (3, 5)]), (-1.0, [(1, -2), (2, -1)])])

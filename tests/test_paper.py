@@ -28,6 +28,7 @@ import paper_llama  # noqa: E402
 import paper_molegrad  # noqa: E402
 import paper_numbers  # noqa: E402
 import paper_plan  # noqa: E402
+import paper_policy  # noqa: E402
 import paper_theory  # noqa: E402
 
 # What may hold digits in running text, and why.
@@ -300,6 +301,8 @@ def test_molegrads_verdicts_follow_the_numbers() -> None:
     undecided = converted(gap_passes=False)
     assert "without a verdict" in undecided.stores() and "without a verdict" in undecided.factored()
     assert "no card was measured" in converted().contexts() and "device reserved" in converted(contexts__measured=True).contexts()
+    assert "keeps less than any of the codes" in converted(contexts__recompute__kept=0.01).contexts()
+    assert "keeps more than" in converted(contexts__recompute__kept=0.99).contexts()
     assert "not looked for" in converted(contexts__cap=None).longest()
 
 
@@ -439,3 +442,47 @@ def test_generating_without_notebooks_says_what_to_run(tmp_path: Path, capsys: p
 def test_building_without_generated_files_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert paper_build.main(["--tier", "smoke", "--generated", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "paper_generate.py --tier smoke first" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- policies
+
+
+def policy_numbers(**changed: object) -> paper_numbers.Numbers:
+    values: dict[str, object] = {
+        "variants": ["budget", "tinyformer", "oracle"],
+        "best_rule": "budget",
+        "exceeded": 0,
+        "difference": 0.0,
+        "difference_low": -0.1,
+        "difference_high": 0.1,
+        "oracle": 0.5,
+        "tinyformer.behind": -0.2,
+        "ablations": ["low-rank budget", "full-rank budget"],
+        "adds.imitation": 0.3,
+        "adds.imitation_low": 0.1,
+        "adds.imitation_high": 0.5,
+    } | {key.replace("__", "."): value for key, value in changed.items()}
+    return paper_numbers.Numbers({f"policy.{key}": {"value": value, "format": ".3f"} for key, value in values.items()})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-0.3, -0.1, "worse than a simple rule"),
+        (-0.1, 0.1, "not told apart"),
+        (0.1, 0.3, "better than every rule"),
+        (None, None, "no verdict"),
+    ],
+)
+def test_the_verdict_on_the_learned_policy_follows_the_interval(low: float | None, high: float | None, verdict: str) -> None:
+    assert verdict in paper_policy.outcome(policy_numbers(difference_low=low, difference_high=high))
+
+
+def test_the_text_on_policies_says_what_the_numbers_say() -> None:
+    assert "no bound" in paper_policy.oracle(policy_numbers())
+    assert "no bound" not in paper_policy.oracle(policy_numbers(tinyformer__behind=0.2))
+    assert "was not run" in paper_policy.oracle(policy_numbers(oracle=None))
+    text = paper_policy.ablations(policy_numbers())
+    assert "ahead of PPO from random weights" in text and "without it" in text and "single precision" not in text
+    assert "behind PPO from random weights" in paper_policy.ablations(policy_numbers(adds__imitation_low=-0.5, adds__imitation_high=-0.1))
+    assert r"\textbf" in paper_policy.setup(policy_numbers(exceeded=1)) and r"\textbf" not in paper_policy.setup(policy_numbers())

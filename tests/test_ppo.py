@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mango.policy import ppo
 from mango.policy.actions import Actions
 from mango.policy.base import Observation
 from mango.policy.tinyformer import LSTMPolicy, TinyFormer
+from mango.policy.workers import Episodes
 
 ACTIONS = Actions(ranks=(1 / 8, 1 / 4, 1 / 2), bits=(16, 4), moments=(8,))  # six
 
@@ -45,24 +47,24 @@ class Bandit:
 
 
 class Walk:
-    """A walker on the places -4 to 4 that must come to 0 and stay there, moving by action - 2, at the cost of its distance.
+    """A walker on the places -reach to reach that must come to 0 and stay there, moving by action - 2, at the cost of its distance.
 
-    The first two moves of an action beyond the goal cost; from the start at distance d the optimum is minus the sum of what remains of d
-    after moves of at most 2, over 6 steps (the walker sees its place; action 2 stays).
+    From the start at distance d the optimum is minus the sum of what remains of d after moves of at most 2, over 6 steps (the walker sees
+    its place; action 2 stays).
     """
 
-    STEPS = 6
+    STEPS, REACH = 6, 4
 
     def __init__(self, number: int) -> None:
-        self.place = int(torch.randint(-4, 5, (), generator=torch.Generator().manual_seed(number)))
+        self.place = int(torch.randint(-self.REACH, self.REACH + 1, (), generator=torch.Generator().manual_seed(number)))
         self.optimum = -float(sum(max(0, abs(self.place) - 2 * (step + 1)) for step in range(self.STEPS)))
         self.left = self.STEPS
 
     def reset(self) -> Observation:
-        return observation(torch.tensor([[self.place / 4]]))
+        return observation(torch.tensor([[self.place / self.REACH]]))
 
     def step(self, choice: Sequence[int]) -> tuple[Observation, float, bool]:
-        self.place = max(-4, min(4, self.place + min(choice[0], 4) - 2))
+        self.place = max(-self.REACH, min(self.REACH, self.place + min(choice[0], 4) - 2))
         self.left -= 1
         return self.reset(), -float(abs(self.place)), self.left == 0
 
@@ -81,24 +83,39 @@ def greedy(policy: TinyFormer, environment: Bandit | Walk) -> float:
     return total
 
 
-def test_a_bandit_is_solved() -> None:
-    begin, policy = time.thread_time(), small()
-    ppo.train(ppo.Trainer(policy, ppo.Config(iterations=10, episodes=48, lr=1e-2, minibatch=32)), ppo.in_process(Bandit))
-    mean = sum(greedy(policy, Bandit(number)) for number in range(10**6, 10**6 + 100)) / 100
-    assert mean >= 0.95 * 2.0
-    assert time.thread_time() - begin < 60.0
+class ShortWalk(Walk):
+    """Two steps fewer."""
+
+    STEPS = 4
 
 
-def test_a_control_task_is_solved() -> None:
-    """At least 95 % of the way from a random walker to the optimum."""
-    begin, policy = time.thread_time(), small()
-    numbers = range(10**6, 10**6 + 100)
-    trainer = ppo.Trainer(policy, ppo.Config(iterations=20, episodes=24, lr=5e-3, minibatch=64))
-    random = sum(sum(ppo.rollout(policy, Walk(n), torch.Generator().manual_seed(n)).rewards) for n in numbers) / 100
-    ppo.train(trainer, ppo.in_process(Walk))
-    optimum = sum(Walk(n).optimum for n in numbers) / 100
-    mean = sum(greedy(policy, Walk(n)) for n in numbers) / 100
-    assert (mean - random) / (optimum - random) >= 0.95
+def bandit(iterations: int) -> float:
+    """What a trained policy earns, of the optimum."""
+    policy = small()
+    ppo.train(ppo.Trainer(policy, ppo.Config(iterations=iterations, episodes=48, lr=1e-2, minibatch=32)), Episodes(Bandit))
+    return sum(greedy(policy, Bandit(number)) for number in range(10**6, 10**6 + 100)) / 100 / 2.0
+
+
+def walk(kind: type[Walk], iterations: int, episodes: int) -> float:
+    """How far a trained policy gets on the way from a random walker to the optimum."""
+    policy, numbers = small(), range(10**6, 10**6 + 50)
+    random = sum(sum(ppo.rollout(policy, kind(n), torch.Generator().manual_seed(n)).rewards) for n in numbers)
+    config = ppo.Config(iterations=iterations, episodes=episodes, lr=5e-3, minibatch=episodes, epochs=6, entropy=0.02)
+    ppo.train(ppo.Trainer(policy, config), Episodes(kind))
+    optimum = sum(kind(n).optimum for n in numbers)
+    return (sum(greedy(policy, kind(n)) for n in numbers) - random) / (optimum - random)
+
+
+def test_small_control_tasks_are_solved() -> None:
+    assert bandit(8) >= 0.95
+    assert walk(ShortWalk, 14, 24) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solve", [partial(bandit, 12), partial(walk, Walk, 20, 32)], ids=["bandit", "walk"])
+def test_control_tasks_are_solved_in_less_than_a_minute(solve: Callable[[], float]) -> None:
+    begin = time.thread_time()  # of a core: what else the machine does is no part of it
+    assert solve() >= 0.95
     assert time.thread_time() - begin < 60.0
 
 
@@ -113,7 +130,7 @@ def test_advantages_are_the_definition() -> None:
 def test_no_draw_exceeds_the_budget_and_every_choice_can_be_drawn(budget: int) -> None:
     seen = observation(torch.zeros(3, 1), budget=budget)
     generator, drawn = torch.Generator().manual_seed(0), set()
-    for _ in range(3000):
+    for _ in range(1500):
         choice, masks, _ = ppo.sample(torch.zeros(3, 6), seen, generator)
         assert sum(action + 1 for action in choice) <= budget
         assert all(bool(masks[layer, action]) for layer, action in enumerate(choice))
@@ -126,17 +143,25 @@ def test_no_draw_exceeds_the_budget_and_every_choice_can_be_drawn(budget: int) -
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    whole, parts = small(), small()
-    ppo.train(ppo.Trainer(whole, ppo.Config(iterations=4, episodes=4)), ppo.in_process(Bandit))
-    for iterations in (2, 4):
-        ppo.train(ppo.Trainer(parts, ppo.Config(iterations=iterations, episodes=4)), ppo.in_process(Bandit), checkpoint=tmp_path / "ppo.pt")
+    whole, parts, config = small(), small(), ppo.Config(iterations=4, episodes=4)
+    ppo.train(ppo.Trainer(whole, config), Episodes(Bandit))
+
+    def stop(done: int, _: dict[str, float]) -> None:
+        if done == 3:  # its checkpoint is not written any more
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(ppo.Trainer(parts, config), Episodes(Bandit), stop, tmp_path / "ppo.pt")
+    resumed = ppo.Trainer(small(), config)
+    ppo.train(resumed, Episodes(Bandit), checkpoint=tmp_path / "ppo.pt")
+    parts = resumed.policy
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
 
 
 def test_the_lstm_learns_too() -> None:
     policy = small(LSTMPolicy)
     before = sum(greedy(policy, Bandit(number)) for number in range(100)) / 100
-    ppo.train(ppo.Trainer(policy, ppo.Config(iterations=8, episodes=48, lr=1e-2, minibatch=32)), ppo.in_process(Bandit))
+    ppo.train(ppo.Trainer(policy, ppo.Config(iterations=6, episodes=40, lr=1e-2, minibatch=32)), Episodes(Bandit))
     assert sum(greedy(policy, Bandit(number)) for number in range(100)) / 100 > before + 0.5
 
 

@@ -29,6 +29,17 @@ experiments:
       adamw: {optimizer: adamw, options: {lr: 3e-3}}
       mango: {optimizer: mango, options: {lr: 3e-3}}
       schedule: {optimizer: mango, options: {lr: 3e-3, policy: rankschedule, policy_every: 1, memory_budget: "3.5 bytes/param"}}
+  words:
+    seeds: [0]
+    minutes: 1
+    data: {name: text, source: embedded, train: 4000, test: 1000, sequence: 16}
+    model: {name: gpt, depth: 1, width: 64, heads: 2, ffn: 1}
+    train: {steps: 4, batch: 4, eval_every: 4, log_every: 2}
+    variants:
+      mole:
+        optimizer: adamw
+        options: {lr: 3e-3}
+        mole: {store: int4, gradient: factored, rank: 8, fill_grad: true, targets: all, exclude: [head], diagnostics_every: 2}
 """
 
 
@@ -37,6 +48,17 @@ def tier_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tier") / "test.yaml"
     path.write_text(TIER)
     return path
+
+
+DIAGNOSTICS = (  # see mango.mole.watch
+    "energy_capture",
+    "gradient_norm_compression_ratio",
+    "subspace_quality",
+    "trust_scaling_factor",
+    "condition_number",
+    "layer_memory_usage",
+    "memory_saved_mb",
+)
 
 
 def wandb_records(folder: Path) -> Iterator[Any]:
@@ -92,6 +114,21 @@ def test_wandb_holds_every_metric_offline_with_step_axes_and_summary(
         assert key in summary
 
 
+def test_wandb_holds_the_diagnostics_of_converted_layers(tier_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    done = train(resolve(load(tier_file), "words", "mole", 0, wandb=True), tmp_path)
+    assert done.mole is not None and done.mole.converted
+    found: set[str] = set()
+    for one in wandb_records(tmp_path):
+        if one.WhichOneof("record_type") == "history":
+            found |= {item.key or "/".join(item.nested_key) for item in one.history.item}
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    told = {(row["layer"], row["step"]) for row in rows if row["split"] == "mole"}
+    assert {step for _, step in told} == {2, 4} and len(told) == 2 * 6, "six matrices"
+    for layer, _ in told:
+        assert {f"mole/{layer}/{name}" for name in DIAGNOSTICS} <= found
+
+
 def test_memory_by_category_is_exported_as_csv(tier_file: Path, tmp_path: Path) -> None:
     done = train(resolve(load(tier_file), "digits", "mango", 0, ["train.log_every=1"]), tmp_path)
     frame = pandas.read_csv(tmp_path / "memory.csv", index_col="category")
@@ -129,3 +166,30 @@ def test_a_run_under_a_policy_records_its_plans_and_keeps_the_budget(tier_file: 
     assert len(done.plan) > 1, "the rank falls, and the record says when"
     ranks = [max(plan["rank"] for plan in step.layers.values()) for step in done.plan]
     assert ranks == sorted(ranks, reverse=True)
+    found = done.step_condition
+    assert found is not None and found.policy == "RankSchedule"
+    assert 0.0 < found.alpha_min <= found.least <= 1.0
+    assert found.step_declared <= found.step_schedule, "what is known afterwards allows a larger step"
+
+
+def test_the_record_of_plans_and_of_their_condition_does_not_depend_on_what_is_logged_or_on_a_resume(
+    tier_file: Path, tmp_path: Path
+) -> None:
+    every = train(resolve(load(tier_file), "digits", "schedule", 0, ["train.log_every=1"]), tmp_path / "every")
+    seldom = ["train.log_every=4", "train.checkpoint_every=2"]
+
+    def stop(what: str, done: int, of: int) -> None:
+        if what == "steps" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(resolve(load(tier_file), "digits", "schedule", 0, seldom), tmp_path / "seldom", progress=stop)
+    again = train(resolve(load(tier_file), "digits", "schedule", 0, seldom), tmp_path / "seldom", resume=True)
+    assert again.resumed == [2]
+    assert [step.step for step in every.plan] == [step.step for step in again.plan]
+    assert again.step_condition is not None and every.step_condition is not None
+    assert again.step_condition.alpha_min == every.step_condition.alpha_min
+
+
+def test_a_run_without_a_policy_has_no_condition(tier_file: Path, tmp_path: Path) -> None:
+    assert train(resolve(load(tier_file), "digits", "mango", 0), tmp_path).step_condition is None

@@ -133,7 +133,7 @@ def test_the_exported_schema_accepts_shipped_tiers_and_rejects_an_unknown_key(pa
         (
             "{name: resnet, width: 16, blocks: [1, 1], stem: patch2}",
             "{name: gpt}",
-            "experiments.digits.model.name = 'gpt' is not legal: one of resnet, resnet18, for data.name = digits",
+            "experiments.digits.model.name = 'gpt' is not legal: one of resnet, resnet18, resnet50, vit, for data.name = digits",
         ),
         (
             "name: text,",
@@ -143,6 +143,8 @@ def test_the_exported_schema_accepts_shipped_tiers_and_rejects_an_unknown_key(pa
         ("frozen: frozen}", "frozen: frzen}", "experiments.digits.controls.frozen = 'frzen' is not legal: one of adamw"),
         ("seeds: [0, 1]", "seeds: []", "experiments.digits.seeds = [] is not legal"),
         ("minutes: 1", "", "experiments.digits.minutes is missing"),
+        ("plan: {rank: 0.25}}}\n  text", "}, vary: {rank: []}}\n  text", "experiments.digits.variants.mango.vary.rank = [] is not legal"),
+        ("muon: {", "muon: {vary: {rank: [0.5, 0.5]}, ", "the variant muon-rank-0.5 is not legal: one of its name exists"),
         ("tier: test", "tier: test\ntier: other", "the key 'tier' is given twice"),
         ("tier: test", "tier: [", "not valid YAML"),
     ],
@@ -174,6 +176,20 @@ def test_a_bad_override_is_named(tier_file: Path, override: str, message: str) -
     with pytest.raises(ConfigError) as error:
         spec(tier_file, "adamw", override)
     assert message in str(error.value)
+
+
+def test_vary_makes_one_more_variant_for_every_value(tmp_path: Path) -> None:
+    path = tmp_path / "tier.yaml"
+    text = "{rank: 0.25}}, grid: {lr: [1]}, vary: {rank: [0.5], residual: [false]}}\n  text"
+    path.write_text(TIER.replace("{rank: 0.25}}}\n  text", text))
+    tier = load(path)
+    found = {name: variant for name, variant in tier.experiments["digits"].variants.items() if name.startswith("mango")}
+    assert list(found) == ["mango", "mango-rank-0.5", "mango-residual-false"]
+    assert [variant.label for variant in found.values()] == ["Mango", "Mango, rank 0.5", "Mango, residual false"]
+    plans = [variant.options["plan"] for variant in found.values()]
+    assert plans == [{"rank": 0.25}, {"rank": 0.5}, {"rank": 0.25, "residual": False}], "one field alone"
+    assert [bool(variant.grid) for variant in found.values()] == [True, False, False], "they were not tuned"
+    assert TierConfig.model_validate(tier.model_dump()) == tier, "what was expanded is not expanded again"
 
 
 def test_overrides_reach_the_run_and_change_its_hash(tier_file: Path) -> None:

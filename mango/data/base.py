@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,7 +42,10 @@ class Dataset(Protocol):
         """What a model has to know of the data."""
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of training step ``step`` (from 0) of the run with this seed: a function of its arguments alone."""
+        """Inputs and targets of training step ``step`` (from 0) of the run with this seed: a function of its arguments alone.
+
+        Targets are classes or tokens, int64, or the probabilities of each class as one more dimension, floating point.
+        """
 
     def evaluation(self, split: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A split in order, each target once, in batches of at most ``size`` examples."""
@@ -53,7 +56,7 @@ class Dataset(Protocol):
     def files(self) -> dict[str, str]:
         """Name -> content of what has to be kept with a run so that its model can be used: a tokenizer."""
 
-    def identity(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """What the run record says about the data."""
 
 
@@ -66,6 +69,15 @@ class Readable(Protocol):
 
     def decode(self, tokens: Tensor) -> str:
         """The text that inputs (n,) stand for."""
+
+
+@runtime_checkable
+class Skips(Protocol):
+    """Data of which damaged examples are left out."""
+
+    @property
+    def skipped(self) -> Collection[str]:
+        """What was left out so far, and why."""
 
 
 class Source(Protocol):

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 from mango.compat import require
 from mango.data.base import Progress, derive, identity_of
 from mango.data.decode import Pixels, Record, cached
+from mango.data.recipe import Recipe
 from mango.data.sources import cache_root
 from mango.errors import ConfigError, DataError
 
+PLAIN = Recipe()
 PAD = 4  # pixels of reflected border before a random crop, as is usual for CIFAR-10 (He et al., arXiv:1512.03385)
 
 
@@ -50,6 +53,9 @@ class ImageData:
         flip: whether mirrored images keep their class (not so for digits).
         mean, std: (3,) over the training subset, in units of 0..1.
         augment: whether training batches are cropped and, where ``flip`` allows, mirrored at random.
+        recipe: what else is done to training batches.
+        skipped: what was left out because it is damaged, and why.
+        empty: classes without training images.
     """
 
     name: str
@@ -61,6 +67,9 @@ class ImageData:
     mean: Tensor
     std: Tensor
     augment: bool = True
+    recipe: Recipe = PLAIN
+    skipped: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
     unit: str = field(default="images", init=False)
 
     @property
@@ -77,14 +86,15 @@ class ImageData:
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Epochs without replacement, the ragged rest of an epoch left out.
 
-        Returns: inputs (size, 3, height, width) float32 in channels-last order, labels (size,).
+        Returns: inputs (size, 3, height, width) float32 in channels-last order; labels (size,), or the probabilities of ``Recipe.mix``.
         """
         train = self.splits["train"]
         epoch, position = divmod(step, len(train) // size)
-        chosen = _permutation(len(train), derive(seed, "epoch", epoch))[position * size : (position + 1) * size]
+        chosen = permutation(len(train), derive(seed, "epoch", epoch))[position * size : (position + 1) * size]
         chosen = chosen.to(self.device)
         images = self._augmented(train.images, chosen, derive(seed, "augment", step)) if self.augment else train.images[chosen]
-        return self._normalised(images), train.labels[chosen]
+        images = self.recipe.augment(images, derive(seed, "randaugment", step))
+        return self.recipe.mix(self._normalised(images), train.labels[chosen], len(self.classes), derive(seed, "mixup", step))
 
     def evaluation(self, split: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The split in order, in batches of at most ``size``, without augmentation."""
@@ -99,8 +109,9 @@ class ImageData:
     def files(self) -> dict[str, str]:
         return {}
 
-    def identity(self) -> dict[str, str | int]:
-        return identity_of(self, (split.fingerprint() for split in self.splits.values()))
+    def identity(self) -> dict[str, Any]:
+        found = identity_of(self, (split.fingerprint() for split in self.splits.values()))
+        return found | {"corrupt": len(self.skipped), "empty": list(self.empty)}
 
     def _normalised(self, images: Tensor) -> Tensor:  # (b, height, width, 3) uint8 -> (b, 3, height, width) float32
         return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
@@ -125,11 +136,17 @@ class ImageSource(ABC):
     Attributes:
         folder: where in the cache the decoded images lie.
         flip: whether mirrored images keep their class.
+        size: height and width in pixels.
+        classes: names of the classes in order; None = the labels of the records.
+        corrupt: "error" or "skip", what becomes of an image that cannot be decoded.
     """
 
     title: str
     folder = "cifar10"
     flip = True
+    size = 32
+    classes: list[str] | None = None
+    corrupt = "error"
 
     @abstractmethod
     def key(self) -> str: ...
@@ -146,15 +163,20 @@ class ImageSource(ABC):
         validation: int = 0,
         progress: Progress | None = None,
         augment: bool = True,
+        recipe: Recipe = PLAIN,
     ) -> ImageData:
         """Balanced subsets (see ``subset``). Raises: ConfigError, DataError."""
         decoder = require("PIL", extra="experiments", purpose="decoding images").__version__  # another decoder may give other pixels
         folder = cache_root() / self.folder
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = cached(folder, f"{type(self).__name__.lower()}-{self.key()}-pillow{decoder}", self.records, 32, progress)
+        key = f"{type(self).__name__.lower()}-{self.key()}-pillow{decoder}"
+        pixels = cached(folder, key, self.records, self.size, progress, self.classes, self.corrupt)
         splits = subset(pixels, train, test, validation, clip=used == "embedded" and name != "digits")
         mean, std = statistics(splits["train"].images)
-        return ImageData(name, self.title, used, splits, pixels["train"].classes, self.flip, mean, std, augment)
+        classes, skipped = pixels["train"].classes, tuple(message for split in pixels.values() for message in split.damaged)
+        present = set(pixels["train"].labels.tolist())
+        empty = tuple(label for number, label in enumerate(classes) if number not in present)
+        return ImageData(name, self.title, used, splits, classes, self.flip, mean, std, augment, recipe, skipped, empty)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
@@ -164,7 +186,8 @@ def _reflect(index: Tensor, size: int) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _permutation(size: int, seed: int) -> Tensor:
+def permutation(size: int, seed: int) -> Tensor:
+    """The order of an epoch."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 

@@ -9,6 +9,8 @@ REGISTRY = Registry(
         "llama": "mango.models.llama:Llama",
         "resnet": "mango.models.resnet:ResNet",
         "resnet18": "mango.models.resnet:resnet18",
+        "resnet50": "mango.models.vision:resnet50",
+        "vit": "mango.models.vision:vit",
     },
 )
 get = REGISTRY.get

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from mango.errors import ConfigError
+from mango.fields import build
 
 STORES = ("dense", "bf16", "int8", "nf4", "int4", "int2", "sketch")
 GRADIENTS = ("formed", "factored")
@@ -36,9 +37,11 @@ class MoleConfig:
         exclude: regular expressions; layers in whose names one is found are left alone.
         min_features: layers with fewer inputs are left alone: their inputs are small.
         norms: also convert parameter-free RMS norms next to converted layers, so that they keep their output once instead of a copy of
-            their input in float32.
+            their input in float32; layers that read such an output read it exactly, whatever ``store`` is, and keep nothing of their
+            own (but under autocast, and with a sketch).
         hidden: what a converted MLP keeps of its hidden layer: "codes" of its activation and of the activation's derivatives, in which
-            gradients are linear, so that unbiased codes leave them unbiased; or "recompute": nothing, it is computed again from the code
+            gradients are linear, so that unbiased codes leave them unbiased (one code of four bits for both with relu² and int4 or
+            int2, see mango.mole.pair); or "recompute": nothing, it is computed again from the code
             of the input. Then memory does not grow with the hidden layer, but rounding passes through the activation.
         derivative_store: the store of the activation's derivatives; None = ``store``.
         chunk: tokens that are worked on at a time in a converted MLP and in encoding; None = all.
@@ -51,8 +54,8 @@ class MoleConfig:
         sketch_basis: how the basis of "sketch" moves: "scouts", it follows the singular directions of its own gradients; or "random", a
             fresh one every step (CompAct, arXiv:2410.15352).
         residual: what "factored" does with the part of the gradient beyond the top ``rank``: "none", truncates it; "carried", keeps its
-            leading ``residual_rank`` directions as factors and adds them to the next gradient; "unbiased", adds a random sketch of
-            ``residual_rank`` directions whose expectation is that part.
+            leading ``residual_rank`` directions as factors and adds them to the next gradient; "unbiased", adds what lies along
+            ``residual_rank`` random directions beside the basis, scaled so that its expectation is that part.
         residual_rank: as rank.
         energy_target: None, or the share of the gradient's energy in (0, 1) for which directions are kept: the rank used adapts to
             the captured energy, up to ``rank``.
@@ -136,15 +139,7 @@ class MoleConfig:
     @classmethod
     def of(cls, value: MoleConfig | Mapping[str, Any]) -> MoleConfig:
         """A configuration from itself or from plain values, as a file has them."""
-        if isinstance(value, MoleConfig):
-            return value
-        if not isinstance(value, Mapping):
-            raise ConfigError.of("mole", value, "a MoleConfig or a mapping of its fields")
-        known = [field.name for field in fields(cls)]
-        for key in value:
-            if key not in known:
-                raise ConfigError.of("mole", key, "one of the fields " + ", ".join(known))
-        return cls(**value)
+        return build(cls, value, "mole", "a MoleConfig or a mapping of its fields")
 
     def plain(self) -> dict[str, Any]:
         """The fields as plain values; a predicate by its name."""

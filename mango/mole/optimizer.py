@@ -11,6 +11,7 @@ from torch import Tensor
 from mango.errors import ConfigError, NonFinite
 from mango.mole.factors import Factors, take
 from mango.optim.adamw import adamw
+from mango.optim.base import KeepsTypes, loss_of
 from mango.optim.guard import Guard
 from mango.subspace import rotation
 
@@ -18,7 +19,7 @@ SCALINGS = ("adam", "eigen", "whiten", "muon")
 MUON_RMS = 0.2  # of Muon's step, as large as AdamW's usually is (arXiv:2502.16982)
 
 
-class MoleOptimizer(torch.optim.Optimizer):
+class MoleOptimizer(KeepsTypes):
     r"""A step along P A for a gradient that is there as factors P U, with moments of size (k, n).
 
     .. math::
@@ -31,6 +32,7 @@ class MoleOptimizer(torch.optim.Optimizer):
 
     Directions that are new to the basis have no history and are taken to have had the present factor all along, as in mango.Mango.
     Parameters with a gradient of their own are stepped by AdamW. Factors are consumed by the step.
+    A state may be loaded under another rank than it was saved with: its moments are carried to the present basis.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either.
@@ -80,10 +82,7 @@ class MoleOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         work = []
         for group in self.param_groups:
             names = group.get("param_names") or [f"a parameter of shape {tuple(param.shape)}" for param in group["params"]]
@@ -171,17 +170,6 @@ class MoleOptimizer(torch.optim.Optimizer):
         inverse = torch.where(values > 1e-10 * values[-1].clamp_min(torch.finfo(values.dtype).tiny), values, torch.inf).rsqrt()
         polar = vectors @ (inverse.unsqueeze(1) * (vectors.mT @ m))
         return polar * MUON_RMS * (param.numel() / len(m)) ** 0.5
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved state, bit for bit. It may have been saved under another rank: moments are carried to the present basis."""
-        # torch's own method would cast moments to the parameters' dtype
-        super().load_state_dict({**state_dict, "state": {}})
-        params = [param for group in self.param_groups for param in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, param in zip(numbers, params, strict=True):
-            if number in state_dict["state"]:
-                state = state_dict["state"][number].items()
-                self.state[param] = {key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value for key, value in state}
 
     def nbytes(self) -> int:
         """Bytes of every tensor kept between steps."""

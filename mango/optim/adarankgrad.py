@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mango.errors import ConfigError
+from mango.optim.base import KeepsTypes, loss_of
 from mango.subspace import gaussian, orthonormalize
 
 
-class AdaRankGrad(torch.optim.Optimizer):
+class AdaRankGrad(KeepsTypes):
     r"""Q = basis, R = QᵀQ', M = β1 R M + (1-β1) QᵀG, V = β2 |R² (V - M²) + (R M)²| + (1-β2) (QᵀG)², W -= lr (scale Q M̂/(√V̂+ε) + λ W).
 
     Args:
@@ -57,25 +58,12 @@ class AdaRankGrad(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for place, group in enumerate(self.param_groups):
             for number, param in enumerate(group["params"]):
                 if param.grad is not None:
                     self._step(param, param.grad, group, (self.seed, place, number))
         return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved state. torch's own method would cast the float32 moments to the parameters' dtype."""
-        super().load_state_dict({**state_dict, "state": {}})
-        params = [param for group in self.param_groups for param in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, param in zip(numbers, params, strict=True):
-            if number in state_dict["state"]:
-                saved = state_dict["state"][number].items()
-                self.state[param] = {key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value for key, value in saved}
 
     def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any], seed: tuple[int, ...]) -> None:
         state, (beta1, beta2) = self.state[param], group["betas"]

@@ -12,7 +12,7 @@ from mango.optim.accounting import layer_nbytes
 from mango.optim.plan import LayerPlan
 
 if TYPE_CHECKING:
-    from mango.optim.mango import Mango
+    from mango.optim.planned import Planned
     from mango.telemetry import MemoryLedger
 
 
@@ -41,7 +41,7 @@ class StateBudget:
         grown = self.ledger is not None and self.ledger.saved_activations > self._activations
         return grown or not self._counted.issuperset(params)
 
-    def choose(self, optimizer: Mango) -> dict[Tensor, LayerPlan]:
+    def choose(self, optimizer: Planned) -> dict[Tensor, LayerPlan]:
         """The best plans for the parameters that have state or require a gradient. Raises: ConfigError when nothing fits."""
         from mango.policy.budget import parse_budget, plans_for_shapes  # which counts bytes by this package's parts
 
@@ -55,7 +55,7 @@ class StateBudget:
         self._activations = self.ledger.saved_activations if self.ledger is not None else 0
         return {counted[name]: plan for name, plan in chosen.items()}
 
-    def admit(self, optimizer: Mango, param: Tensor, plan: LayerPlan | None) -> None:
+    def admit(self, optimizer: Planned, param: Tensor, plan: LayerPlan | None) -> None:
         """Raises: ConfigError for a change of one plan that would exceed the budget."""
         planned = sum(
             layer_nbytes(other.shape, plan if other is param else optimizer._places[other].plan) for other in self._counted | {param}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mango.optim.base import loss_of
+
 
 @dataclass(frozen=True)
 class Part:
@@ -62,10 +64,7 @@ class Chain(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every part. Returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self._pass_options()
         for member, pairs in zip(self.members, self._pairs, strict=True):
             folded = [(param, seen) for param, seen in pairs if seen is not param]

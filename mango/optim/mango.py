@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mango.errors import ConfigError
-from mango.optim.accounting import layer_nbytes
-from mango.optim.adamw import adamw
+from mango.optim.base import loss_of
 from mango.optim.budgeted import StateBudget
-from mango.optim.convert import convert, moved
+from mango.optim.convert import moved
 from mango.optim.fused import FusedBackward
 from mango.optim.guard import Guard
-from mango.optim.layers import Hyper, LayerStack, Workspace
 from mango.optim.options import plan_of, validate
-from mango.optim.plan import LayerPlan, is_adapter, is_matrix, matrix_count, matrix_shape
+from mango.optim.plan import LayerPlan, matrix_shape
+from mango.optim.planned import Planned
+from mango.optim.stacks import Item, Place, Stacks
 
 if TYPE_CHECKING:
     from mango.policy.base import Policy
@@ -27,10 +26,9 @@ if TYPE_CHECKING:
     from mango.telemetry import MemoryLedger
 
 ASKED = ("plan", "plans", "memory_budget")  # options of a group that loading a state leaves as they are, unless none of them was changed
-STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
 
-class Mango(torch.optim.Optimizer):
+class Mango(Planned):
     r"""Adam on rank-r factors of each gradient matrix, with everything that the factors miss remembered.
 
     Each matrix G (m, n), m <= n after folding (out, rest) and transposing where needed, is stepped as
@@ -175,29 +173,17 @@ class Mango(torch.optim.Optimizer):
         for group in self.param_groups:
             self._register(group)
 
-    def _register(self, group: dict[str, Any]) -> None:
-        number = next(number for number, other in enumerate(self.param_groups) if other is group)
-        names = group.get("param_names") or [f"param_groups[{number}]['params'][{place}]" for place in range(len(group["params"]))]
-        for place, (param, name) in enumerate(zip(group["params"], names, strict=True)):
-            plan = plan_of(group, place) if is_matrix(param.shape) and not is_adapter(name) else None
-            self._places[param] = _Place(group, name, len(self._places), plan)
-
     def _prepare(self) -> None:
         self._guard = Guard()
-        self._places: dict[Tensor, _Place] = {}
-        # parameter -> the stack that its state is a view of; built anew from the state when absent
-        self._stacks: dict[Tensor, LayerStack] = {}
-        self._workspaces: dict[torch.device, Workspace] = {}
+        self._places: dict[Tensor, Place] = {}
+        self._stacks = Stacks()
         self._observing = False
         self._diagnostics: dict[str, dict[str, float]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         if self._fused is not None:
             self._fused.finish()
         self._advance([param for group in self.param_groups for param in group["params"] if param.grad is not None])
@@ -243,87 +229,9 @@ class Mango(torch.optim.Optimizer):
             self.replan()
         if self._fused is None:
             self._diagnostics = {}
-        small: dict[tuple[Any, ...], list[_Item]] = {}
-        large: dict[tuple[Any, ...], list[_Item]] = {}
-        for param, grad in zip(params, grads, strict=True):
-            place = self._places[param]
-            item = _Item(param, grad, place)
-            if place.plan is None:
-                small.setdefault((id(place.group), param.device), []).append(item)
-            else:
-                step = self.state[param].get("step", 0)
-                large.setdefault((id(place.group), place.plan, param.shape, param.dtype, param.device, step), []).append(item)
-        for items in small.values():
-            self._step_small(items)
-        for items in large.values():
-            layers = max(1, STACK_VALUES // items[0].param.numel())
-            for first in range(0, len(items), layers):
-                self._step_stack(items[first : first + layers])
-
-    def _step_small(self, items: list[_Item]) -> None:
-        group, params = items[0].place.group, [item.param for item in items]
-        for param in params:
-            state = self.state[param]
-            if not state:
-                zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-                state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
-            state["step"] += 1
-        states = [self.state[param] for param in params]
-        adamw(
-            params,
-            [item.grad for item in items],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-        )
-
-    def _step_stack(self, items: list[_Item]) -> None:
-        group, params = items[0].place.group, [item.param for item in items]
-        stack = self._stack(items)
-        for param in params:
-            self.state[param]["step"] += 1
-        step = self.state[params[0]]["step"]
-        hyper = Hyper(
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            step=step,
-            seeds=[(group["seed"], step, item.place.number, part) for item in items for part in range(matrix_count(item.param.shape))],
-            matmul=group["matmul"],
-        )
-        device = params[0].device
-        workspace = self._workspaces.setdefault(device, Workspace(device))
-        matrices = [part for item in items for part in as_matrices(item.param)]
-        gradients = [part for item in items for part in as_matrices(item.grad)]
         watching = self._observing or (self._controller is not None and self._controller.watching)
-        names = [name for item in items for name in item.names()] if watching else None
-        self._diagnostics.update(stack.step(matrices, gradients, hyper, workspace, names))
-
-    def _stack(self, items: list[_Item]) -> LayerStack:
-        """The stack whose members are exactly these parameters; formed anew, from their states, when the members changed."""
-        first = items[0].param
-        each = matrix_count(first.shape)
-        stack = self._stacks.get(first)
-        if stack is not None and stack.layers == each * len(items) and all(self._stacks.get(item.param) is stack for item in items):
-            return stack
-        shape = matrix_shape(first.shape)
-        plan = items[0].place.plan
-        assert plan is not None
-        stack = LayerStack(plan, shape, each * len(items), first.device, items[0].place.name)
-        for number, item in enumerate(items):
-            state = self.state[item.param]
-            if state:
-                stack.load(number * each, each, state, item.place.name)
-            self.state[item.param] = {"step": state.get("step", 0), **stack.views(number * each, each)}
-            self._stacks[item.param] = stack
-        return stack
+        items = [Item(param, grad, self._places[param]) for param, grad in zip(params, grads, strict=True)]
+        self._diagnostics.update(self._stacks.step(items, self.state, watching))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state: bit for bit, plans that ``set_plan`` had changed included, where the groups ask for the plans that they
@@ -354,82 +262,6 @@ class Mango(torch.optim.Optimizer):
         if self._controller is not None:
             self._controller.watching = (self._steps() + 1) % self._controller.every == 0
 
-    def _converted(self, param: Tensor, state: dict[str, Any], old: LayerPlan | None, new: LayerPlan | None) -> dict[str, Any]:
-        place = self._places[param]
-        seed = (place.group["seed"], state["step"], place.number, matrix_count(param.shape))  # a step's last counter is below that
-        return convert(state, param.shape, old, new, param.device, seed, place.name)
-
-    def plans(self) -> dict[str, LayerPlan | None]:
-        """The plan in force of every parameter that is large enough for one, by name; None = plain AdamW."""
-        return {place.name: place.plan for param, place in self._places.items() if is_matrix(param.shape)}
-
-    def own_plans(self) -> dict[str, LayerPlan | None]:
-        """The plans that the groups ask for, whatever ``set_plan`` or a policy made of them."""
-        asked = {place.name: plan_of(place.group) for param, place in self._places.items() if is_matrix(param.shape)}
-        return {name: None if is_adapter(name) else plan for name, plan in asked.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter, by name."""
-        return {place.name: tuple(param.shape) for param, place in self._places.items()}
-
-    @torch.no_grad()
-    def set_plan(self, which: str | Tensor, plan: LayerPlan | Mapping[str, Any] | None) -> None:
-        """Another plan for one matrix from the next step on. Its state is converted at once (see ``mango.optim.convert`` for what that
-        drops); a plan equal to the one in force changes nothing. ``state_dict`` keeps it, ``replan`` chooses anew.
-
-        Args:
-            which: the name, as in ``plans()``, or the parameter.
-            plan: a LayerPlan, a mapping of its fields, or None for plain AdamW.
-
-        Raises: ConfigError for a parameter that is not this optimizer's or too small for a plan, or a plan that does not fit it
-            or the memory budget.
-        """
-        matrices = {place.name: param for param, place in self._places.items() if is_matrix(param.shape)}
-        param = matrices.get(which) if isinstance(which, str) else which
-        if param is None or param not in self._places or not is_matrix(param.shape):
-            shown = which if isinstance(which, str) else f"a tensor of shape {tuple(which.shape)}"
-            raise ConfigError.of("which", shown, "one of the matrices " + ", ".join(matrices))
-        place, new = self._places[param], None if plan is None else LayerPlan.of(plan)
-        if new is not None:
-            new.columns(*matrix_shape(param.shape), place.name)
-        if self._budget is not None and new != place.plan:
-            self._budget.admit(self, param, new)
-        self._set_plan(param, new)
-
-    @torch.no_grad()
-    def replan(self, memory_budget: int | float | str | None = None) -> None:
-        """Choose every matrix's plan again, under what the budget (or a new one) now leaves for state, and convert their states. A step
-        does so by itself when the ledger has seen activations grow, and for parameters that it steps for the first time.
-
-        Raises: ConfigError without a budget, or for one that cannot be met; nothing is changed then.
-        """
-        if self._controller is not None:
-            raise ConfigError.of("policy", type(self._controller.policy).__name__, "None: plans under a policy are the policy's to choose")
-        budget = self._budget
-        if memory_budget is not None:
-            budget = StateBudget(memory_budget, None if budget is None else budget.ledger)
-        if budget is None:
-            raise ConfigError.of("memory_budget", None, "a number of bytes, here or when the optimizer is made")
-        chosen = budget.choose(self)
-        self._budget = budget
-        for options in (self.defaults, *self.param_groups):
-            options["memory_budget"] = budget.value
-        growth = {p: layer_nbytes(p.shape, plan) - layer_nbytes(p.shape, self._places[p].plan) for p, plan in chosen.items()}
-        for param in sorted(growth, key=lambda param: growth[param]):  # what shrinks makes room for what grows
-            self._set_plan(param, chosen[param])
-
-    def _set_plan(self, param: Tensor, new: LayerPlan | None) -> None:
-        place = self._places[param]
-        if new == place.plan:
-            return
-        if self.state.get(param):
-            self.state[param] = self._converted(param, self.state[param], place.plan, new)
-        self._stacks.pop(param, None)
-        number = next(number for number, other in enumerate(place.group["params"]) if other is param)
-        plans = {key: value for key, value in place.group.get("plans", {}).items() if key != number}
-        place.group["plans"] = plans if new == plan_of(place.group) else plans | {number: None if new is None else new.plain()}
-        self._places[param] = place._replace(plan=new)
-
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only: it loads with ``torch.load(weights_only=True)``."""
         self._guard.settle()
@@ -456,31 +288,3 @@ class Mango(torch.optim.Optimizer):
         ‖M̂‖²/‖√V̂‖², near 1 where gradients disagree from step to step.
         """
         return dict(self._diagnostics)
-
-
-class _Place(NamedTuple):
-    """Where a parameter stands: its group, its name for messages, and its number, which never changes."""
-
-    group: dict[str, Any]
-    name: str
-    number: int
-    plan: LayerPlan | None  # in force; None = plain AdamW
-
-
-@dataclass(slots=True)
-class _Item:
-    """One parameter in a step."""
-
-    param: Tensor
-    grad: Tensor
-    place: _Place
-
-    def names(self) -> list[str]:
-        """Of its matrices."""
-        each = matrix_count(self.param.shape)
-        return [self.place.name] if each == 1 else [f"{self.place.name}[{part}]" for part in range(each)]
-
-
-def as_matrices(tensor: Tensor) -> list[Tensor]:
-    """Views of the matrices."""
-    return list(tensor.detach().unbind(0)) if matrix_count(tensor.shape) > 1 else [tensor]

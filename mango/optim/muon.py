@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mango.optim.base import loss_of
 from mango.optim.layers import bfloat16_units
 
 
@@ -42,10 +43,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             stacks: dict[tuple[Any, ...], list[Tensor]] = {}
             for param in group["params"]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 from mango import codecs
 from mango.errors import ConfigError
 from mango.feedback.buffer import KINDS
+from mango.fields import build
 
 SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
 POWERS = ("full", "half")
@@ -94,15 +95,7 @@ class LayerPlan:
     @classmethod
     def of(cls, value: LayerPlan | Mapping[str, Any]) -> LayerPlan:
         """A plan from a plan or from plain values, as a configuration file has them."""
-        if isinstance(value, LayerPlan):
-            return value
-        if not isinstance(value, Mapping):
-            raise ConfigError.of("plan", value, "a LayerPlan, a mapping of its fields, or None for plain AdamW")
-        known = [field.name for field in fields(cls)]
-        for key in value:
-            if key not in known:
-                raise ConfigError.of("plan", key, "one of the fields " + ", ".join(known))
-        return cls(**value)
+        return build(cls, value, "plan", "a LayerPlan, a mapping of its fields, or None for plain AdamW")
 
     def plain(self) -> dict[str, Any]:
         """The fields as plain values, for ``state_dict``."""

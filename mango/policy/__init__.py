@@ -38,6 +38,7 @@ REGISTRY = Registry(
         "rankschedule": "mango.policy.rules:RankSchedule",
         "budget": "mango.policy.budget:Budget",
         "tinyformer": "mango.policy.store:tinyformer",
+        "lstm": "mango.policy.store:lstm",
     },
 )
 

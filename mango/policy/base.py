@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -94,6 +94,8 @@ class Policy:
     Args:
         actions: what it may choose.
     """
+
+    equivariant: ClassVar[bool] = True  # whatever the order in which layers are listed, each gets the same
 
     actions: Actions = field(default_factory=Actions, kw_only=True)
 

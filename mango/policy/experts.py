@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import log
 
 import torch
+from torch import Tensor
 
 from mango.policy.actions import choose
 from mango.policy.base import Observation, Policy
@@ -24,20 +25,27 @@ class Oracle:
     """Tries, for each layer, each rank, each number of bits and each precision of the moments for ``steps`` steps of the run itself, from
     where it stands and on the batches that come, takes everything back, and chooses what earned most within the budget.
 
-    Dials are tried one at a time and their gains added, as trying all actions would take several times as long as the run. The gain is the
-    reward's, with the loss of the trial's steps counted as often as they fit an interval; times are too short to measure and do not count.
+    Dials are tried one at a time and their gains added, as trying all actions would take several times as long as the run. A gain is the
+    difference to what the plan in force earns with the same batches and the same held-out examples. Where their losses do not tell it
+    from zero (less than ``deviations`` standard errors of the paired differences), it counts as zero and the bytes decide: what is left
+    to chance cannot be imitated, nor is it worth anything. A trial's progress counts as often as its steps fit an interval; times are too
+    short to measure and do not count.
 
     Args:
         steps: of a trial.
+        examples: held out, that its loss is measured on.
+        deviations: standard errors within which two plans tie.
     """
 
-    def __init__(self, steps: int = 2) -> None:
-        self.steps = steps
+    def __init__(self, steps: int = 1, examples: int = 48, deviations: float = 2.0) -> None:
+        self.steps, self.examples, self.deviations = steps, examples, deviations
 
     def __call__(self, run: TrainingRun, seen: Observation) -> list[int]:
-        actions, reward, before = run.actions, run.settings.reward, run.snapshot()
+        actions, reward = run.actions, run.settings.reward
+        plans, before = run.optimizer.plans(), run.snapshot()
+        same = self._losses(run)
+        run.restore(before)
         scores = torch.zeros(len(seen.names), len(actions), dtype=torch.float64)
-        plans = run.optimizer.plans()
         for layer, (name, current) in enumerate(zip(seen.names, seen.current, strict=True)):
             places = actions.table[current]
             gains: list[list[float]] = []
@@ -47,9 +55,12 @@ class Oracle:
                     tried = list(places)
                     tried[dial] = option
                     rank, bits, moments = tried
-                    run.optimizer.set_plan(name, actions.plan(actions.table.index((rank, bits, moments)), seen.bases[layer]))
-                    run.train(self.steps)
-                    gains[dial].append(-log(run.evaluate()))
+                    action = actions.table.index((rank, bits, moments))
+                    if action == current or not seen.allowed[layer, action]:
+                        gains[dial].append(0.0)
+                        continue
+                    run.optimizer.set_plan(name, actions.plan(action, seen.bases[layer]))
+                    gains[dial].append(self._gain(same, self._losses(run)))
                     run.restore(before)
                     run.optimizer.set_plan(name, plans[name])
             for action, (rank, bits, moments) in enumerate(actions.table):
@@ -57,3 +68,13 @@ class Oracle:
                 memory = int(seen.nbytes[layer, action]) / (8 * run.values) / run.settings.decisions
                 scores[layer, action] = reward.of(Costs(-progress, memory, 0.0)) if reward.kind == "sum" else progress - memory
         return choose(scores, seen.nbytes, seen.allowed, seen.budget)
+
+    def _losses(self, run: TrainingRun) -> Tensor:
+        run.train(self.steps)
+        return run.losses(self.examples).double()  # (examples,)
+
+    def _gain(self, same: Tensor, other: Tensor) -> float:
+        """By how much the logarithm of the mean loss is smaller, or 0 where the two tie."""
+        differences = same - other
+        noise = float(differences.std()) / len(differences) ** 0.5
+        return log(float(same.mean()) / float(other.mean())) if abs(float(differences.mean())) > self.deviations * noise else 0.0

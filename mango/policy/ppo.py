@@ -33,7 +33,8 @@ class Config:
     Attributes:
         iterations: collections, each followed by an update. episodes: in each.
         gamma, lam: of the advantages. clip: of the ratio. entropy: weight of the bonus.
-        lr: of Adam. epochs: over what was collected. minibatch: decisions in a step. norm: gradients are clipped to.
+        lr: of Adam, falling linearly over the iterations. epochs: over what was collected. minibatch: decisions in a step.
+        norm: gradients are clipped to.
     """
 
     iterations: int = 50
@@ -159,6 +160,8 @@ class Trainer:
         target = (target - self.mean) / self.scale
         gain = torch.tensor(ahead)
         gain = (gain - gain.mean()) / (gain.std(unbiased=False) + 1e-8)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * max(0.0, 1.0 - self.done / config.iterations)
         report: dict[str, list[float]] = {"entropy": [], "value_loss": [], "clipped": [], "divergence": []}
         for _ in range(config.epochs):
             for rows_ in torch.randperm(len(target), generator=self.generator).split(config.minibatch):
@@ -223,15 +226,6 @@ def train(trainer: Trainer, collect: Collect, report: Report | None = None, chec
             partial = checkpoint.with_suffix(".part")
             torch.save(trainer.state(), partial)
             partial.replace(checkpoint)
-
-
-def in_process(make: Callable[[int], Environment], seed: int = 0) -> Collect:
-    """Episodes one after the other; each draws from a generator of its own."""
-
-    def collect(policy: LearnedPolicy, numbers: Sequence[int]) -> list[Episode]:
-        return [rollout(policy, make(number), torch.Generator().manual_seed(seed * 1_000_003 + number)) for number in numbers]
-
-    return collect
 
 
 def _pad(mask: Tensor, rows: int, value: bool) -> Tensor:

@@ -72,3 +72,8 @@ def header(path: Path) -> dict[str, Any]:
 def tinyformer() -> LearnedPolicy:
     """The trained policy that ships with mango."""
     return load(SHIPPED / "tinyformer.safetensors")
+
+
+def lstm() -> LearnedPolicy:
+    """Its ablation, trained alike."""
+    return load(SHIPPED / "lstm.safetensors")

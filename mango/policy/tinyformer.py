@@ -115,7 +115,7 @@ class LearnedPolicy(nn.Module, Policy):
         self.normalise_layers.update(batch.layers[batch.present])
         self.normalise_world.update(batch.world)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def scores(self, seen: Observation) -> Tensor:
         return self(Batch.of([(seen.layers, seen.world)]))[0][0].log_softmax(-1)
 
@@ -152,7 +152,7 @@ class TinyFormer(LearnedPolicy):
             nn.init.zeros_(layer.bias)
 
     def mix(self, tokens: Tensor, present: Tensor) -> Tensor:
-        mask = present[:, None, None, :]  # nobody looks at padding
+        mask = None if bool(present.all()) else present[:, None, None, :]  # nobody looks at padding
         for _ in range(self.depth):
             query, key, value = self._split(tokens)
             mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -184,6 +184,7 @@ class LSTMPolicy(LearnedPolicy):
     """The ablation: the run's token and then the layers in their order, read by an LSTM in both directions."""
 
     kind = "lstm"
+    equivariant = False
 
     def __init__(self, width: int = 64, actions: Actions | None = None, features: tuple[int, int] = FEATURES) -> None:
         super().__init__(width, actions, features)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from mango.errors import ConfigError, MissingExtra
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 except ImportError as error:
     raise MissingExtra.of("pydantic", "experiments", "mango.training") from error
 
@@ -52,6 +53,27 @@ class Images(Data):
     augment: bool = Field(True, description="random crops, and mirror images where a class keeps its meaning")
 
 
+class ImageFolder(Data):
+    """Images in class folders or tar shards: see ``mango.data.imagefolder``."""
+
+    name: Literal["imagefolder"]
+    root: str | None = Field(
+        None, description="folder with train and val or test; null = imagefolder or Tiny-ImageNet-100 in the data folder, else photographs"
+    )
+    size: Positive = Field(64, description="height and width in pixels")
+    classes: Positive | None = Field(None, description="the first of them by name; null = all")
+    decode: Literal["once", "streamed"] = Field(
+        "once", description="once: into memory; streamed: whenever an image is used, for large sets"
+    )
+    workers: Count = Field(0, description="processes that decode ahead when streamed")
+    corrupt: Literal["error", "skip"] = Field("error", description="what becomes of a damaged image or shard: skipped ones are counted")
+    empty: Literal["warn", "error"] = Field("warn", description="what is said of a class without training images; it stays an output")
+    augment: bool = Field(True, description="random crops and mirror images")
+    randaugment: Annotated[int, Field(ge=0, le=30)] = Field(0, description="magnitude; 0 = none")
+    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="parameter of the Beta distribution; 0 = none")
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="probability that labels give to all classes alike")
+
+
 class Text(Data):
     """Text as bytes or tokens."""
 
@@ -78,6 +100,24 @@ class ResNet18(Strict):
     name: Literal["resnet18"]
 
 
+class ResNet50(Strict):
+    """torchvision's ResNet-50."""
+
+    name: Literal["resnet50"]
+
+
+class ViT(Strict):
+    """torchvision's vision transformer; ViT-B/16 unless fields say otherwise. Images are ``data.size`` pixels on a side."""
+
+    name: Literal["vit"]
+    size: Positive = Field(224, description="height and width of the images in pixels")
+    patch: Positive = 16
+    depth: Positive = 12
+    heads: Positive = 12
+    width: Positive = 768
+    ffn: Positive = Field(4, description="hidden channels of the feed-forward part, as a multiple of the width")
+
+
 class GPT(Strict):
     """A GPT of nanochat's shape: see ``mango.models.gpt``. The vocabulary is the data's."""
 
@@ -101,12 +141,11 @@ class Llama(Strict):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
 
 
-AnyData = Annotated[Images | Text, Field(discriminator="name")]
-Model = Annotated[ResNet | ResNet18 | GPT | Llama, Field(discriminator="name")]
-READS: dict[type[Data], tuple[type[Strict], ...]] = {
-    Images: (ResNet, ResNet18),
-    Text: (GPT, Llama),
-}  # for each kind of data
+AnyData = Annotated[Images | ImageFolder | Text, Field(discriminator="name")]
+Model = Annotated[ResNet | ResNet18 | ResNet50 | ViT | GPT | Llama, Field(discriminator="name")]
+VISION = (ResNet, ResNet18, ResNet50, ViT)
+# The models that each kind of data is for.
+READS: dict[type[Data], tuple[type[Strict], ...]] = {Images: VISION, ImageFolder: VISION, Text: (GPT, Llama)}
 
 
 class Train(Strict):
@@ -127,6 +166,9 @@ class Train(Strict):
         0.4, description="share of the steps in which schedule warmdown goes down to the floor"
     )
     floor: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="the schedule ends at this share of the learning rate")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of the running mean of the weights, which is what is evaluated and kept; null = none"
+    )
     clip: Annotated[float, Field(gt=0)] | None = Field(None, description="largest global gradient norm; null = no clipping")
     autocast: Literal["bf16"] | None = None
     channels_last: bool = False
@@ -163,6 +205,20 @@ class Variant(Strict):
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="the values that were tried for each option when it was tuned"
     )
+    vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="fields of Mango's plan and values for each: one more variant for every value, in which that field alone differs"
+    )
+
+    def varied(self, name: str) -> Iterator[tuple[str, Variant]]:
+        """(name, variant) of this one, and of those that ``vary`` asks for, whose rates are this one's and were not tuned apart."""
+        plain = self.model_copy(update={"vary": {}})
+        yield name, plain
+        for field, values in self.vary.items():
+            for value in values:
+                options = self.options | {"plan": {**self.options.get("plan", {}), field: value}}
+                shown = str(value).lower()
+                update = {"label": f"{self.label or name}, {field} {shown}", "options": options, "grid": {}}
+                yield f"{name}-{field}-{shown}", plain.model_copy(update=update)
 
 
 class Controls(Strict):
@@ -201,6 +257,9 @@ class Task(Strict):
         if not isinstance(self.model, models):
             legal = ", ".join(get_args(model.model_fields["name"].annotation)[0] for model in models)
             raise ValueError(f"model.name = {self.model.name!r} is not legal: one of {legal}, for data.name = {self.data.name}")
+        pixels = self.data.size if isinstance(self.data, ImageFolder) else 32
+        if isinstance(self.model, ViT) and self.model.size != pixels:
+            raise ValueError(f"model.size = {self.model.size} is not legal: {pixels}, as the images are")
         return self
 
 
@@ -211,6 +270,16 @@ class Experiment(Task):
     minutes: Annotated[float, Field(gt=0)] = Field(description="declared share of the tier's time")
     controls: Controls | None = None
     variants: Annotated[dict[str, Variant], Field(min_length=1)]
+
+    @field_validator("variants", mode="after")
+    @classmethod
+    def _vary(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
+        found: dict[str, Variant] = {}
+        for name, variant in (each for key, given in variants.items() for each in given.varied(key)):
+            if name in found:
+                raise ValueError(f"the variant {name} is not legal: one of its name exists, by itself or through vary")
+            found[name] = variant
+        return found
 
     @model_validator(mode="after")
     def _controls_exist(self) -> Self:
@@ -253,6 +322,16 @@ class PolicyTask(Strict):
     exclude: list[str] = []
 
 
+class PolicyAblation(Strict):
+    """Some policies judged once more on the held-out tasks, with one thing changed."""
+
+    policies: Annotated[list[str], Field(min_length=1)]
+    budgets: Annotated[list[float], Field(min_length=1)]
+    seeds: list[Count] | None = Field(None, description="null = the experiment's")
+    error: Literal["codec", "gradient", "none"] = Field("codec", description="how Mango keeps the error, whatever is chosen")
+    ranks: list[float] | None = Field(None, description="to choose from; null = those of mango.policy.actions; [1.0] = no low-rank stage")
+
+
 class Policy(Strict):
     """The experiment on policies (see ``mango.policy``): what they are trained on, and the tasks and budgets that judge them."""
 
@@ -263,15 +342,21 @@ class Policy(Strict):
     weights: Annotated[list[float], Field(min_length=4, max_length=4)] = Field(
         [1.0, 0.5, 0.05, 0.05], description="of loss, memory, seconds and joules in the reward; all > 0 for Pareto-optimal choices"
     )
-    policies: Annotated[list[str], Field(min_length=1)] = Field(description="names of mango.policy.REGISTRY, or oracle")
+    policies: Annotated[list[str], Field(min_length=1)] = Field(
+        description="names of mango.policy.REGISTRY, or what the rules of this tier train: cloned-<kind> or scratch"
+    )
+    oracle_seeds: list[Count] = Field([], description="of the greedy oracle, whose runs take about ten times as long; empty = not judged")
     budgets: Annotated[list[float], Field(min_length=1)] = Field(description="of the evaluation, bytes of state for each value")
     held_out: Annotated[dict[str, PolicyTask], Field(min_length=1)]
+    ablations: dict[str, PolicyAblation] = {}
     train: dict[str, PolicyTask] = Field({}, description="tasks of traces and of PPO, which run only when they are asked for")
     train_budgets: list[float] = []
-    traces: Count = Field(0, description="episodes of each expert")
+    traces: Count = Field(0, description="episodes of each expert that is a rule")
+    oracle_traces: Count = Field(0, description="of the greedy oracle")
     epochs: Count = Field(0, description="of imitation")
     iterations: Count = Field(0, description="of PPO")
     episodes: Positive = Field(12, description="in an iteration of PPO")
+    workers: Positive = Field(1, description="processes that play them")
 
 
 class TierConfig(Strict):

@@ -14,10 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mango import data as datasets
 from mango import models, optim
-from mango.data.base import Readable
+from mango.data.base import Readable, Skips
 from mango.errors import ConfigError, NonFinite
 from mango.registry import Registry
 from mango.telemetry import MemoryLedger, PowerSampler, RunLog, wandb
@@ -40,6 +41,7 @@ from mango.training.session import (
 )
 from mango.training.summary import Counters, plan_of
 
+TOP5_FROM = 11  # classes: with fewer, five guesses say little
 # by name: runs without one do not depend on its code
 CONVERSIONS = Registry("conversion", {"mole": "mango.training.mole:MoleRun", "lora": "mango.models.adapters:adapt"})
 Progress = Callable[[str, int, int], None]  # what is done ("images decoded", "steps"), how many so far, of how many (0 = unknown)
@@ -132,9 +134,12 @@ class _Trainer:
         self.observable = self.optimizer if isinstance(self.optimizer, Observable) else None
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+        ema = settings.ema
+        self.mean = None if ema is None else AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
         self.ledger = MemoryLedger(self.model, self.optimizer)
         self.pending: list[tuple[int, Tensor, Tensor, int]] = []  # step, loss, correct answers and answers of steps not read yet
         self.counters = Counters(started=datetime.now(UTC).isoformat(timespec="seconds"), plan=plan_of(self.optimizer))
+        self.plans: dict[str, Any] = {}  # as they were last looked at
         lines = self._restore() if resume and (out / CHECKPOINT).is_file() else []
         self.log = RunLog(out / METRICS, lines)
 
@@ -189,13 +194,14 @@ class _Trainer:
         first = counters.step == 0
         self.optimizer.zero_grad(set_to_none=True)
         with self.ledger.activations() if first else nullcontext():  # the backward pass too: blocks that are computed again save again
-            loss, logits = self._loss(inputs, targets)
+            loss, logits = self._loss(self.model, inputs, targets)
             loss.backward()
         if first:
             counters.gradients, counters.saved_activations = self._gradients(), self.ledger.saved_activations
         if settings.clip is not None:
             nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], settings.clip)
-        self.pending.append((counters.step + 1, loss.detach(), (logits.detach().argmax(-1) == targets).sum(), targets.numel()))
+        answers = targets.argmax(-1) if targets.is_floating_point() else targets
+        self.pending.append((counters.step + 1, loss.detach(), (logits.detach().argmax(-1) == answers).sum(), answers.numel()))
         last = counters.step + 1 == settings.steps
         if self.device.type == "cpu" or (counters.step + 1) % settings.log_every == 0 or last:
             self._settle()
@@ -206,11 +212,22 @@ class _Trainer:
             self.optimizer.step()
         except NonFinite as error:
             raise self._non_finite(str(error), counters.step + 1) from error
+        if self.mean is not None:
+            self.mean.update_parameters(self.model)
         counters.step += 1
-        counters.trained += targets.numel()
+        self._note_plans()
+        counters.trained += answers.numel()
         if observer is not None:
             self._observe(observer)
         counters.step_seconds += time.perf_counter() - begin
+
+    def _note_plans(self) -> None:
+        """Record plans where they have changed: a policy, or a budget of the whole run, has chosen anew."""
+        plans = self.optimizer.plans() if isinstance(self.optimizer, optim.Mango) else {}
+        if plans != self.plans:  # quick to compare; what they are in plain values is not
+            self.plans, now = plans, plan_of(self.optimizer)
+            if now and now[0]["layers"] != self.counters.plan[-1]["layers"]:
+                self.counters.plan.append({"step": self.counters.step, "layers": now[0]["layers"]})
 
     def _gradients(self) -> int:
         """Bytes of gradients that a step holds at its peak: all of them, or the largest where each is freed as soon as it is stepped."""
@@ -230,13 +247,15 @@ class _Trainer:
             counters.seen += count
         self.pending = []
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         settings = self.config.train
         inputs = inputs if settings.channels_last else inputs.contiguous()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
-            logits = self.model(inputs)
-        # (b, classes) and (b,) for images, (b, t, vocabulary) and (b, t) for tokens
-        return functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten()), logits
+            logits = model(inputs)
+        # (b, classes) and (b,), or (b, classes) when mixed, for images; (b, t, vocabulary) and (b, t) for tokens
+        return functional.cross_entropy(
+            logits.flatten(0, -2).float(), targets if targets.is_floating_point() else targets.flatten()
+        ), logits
 
     def _observe(self, observer: Observable) -> None:
         """Keep what the optimizer certified and measured on this step; other diagnostics go to wandb alone."""
@@ -253,28 +272,27 @@ class _Trainer:
         counters.memory.append(self.ledger.categories(counters.saved_activations))
         self._sink("memory", counters.memory[-1])
         counters.train_loss = math.fsum(counters.losses) / len(counters.losses)
-        if isinstance(self.optimizer, optim.Mango):  # its policy, if it has one, may have changed plans and decides anew by what it is told
+        if isinstance(self.optimizer, optim.Mango):  # its policy, if it has one, decides anew by what it is told
             self.optimizer.signal(loss=counters.train_loss, progress=counters.step / self.config.train.steps)
-            now = plan_of(self.optimizer)
-            if now and now[0]["layers"] != counters.plan[-1]["layers"]:
-                counters.plan.append({"step": counters.step, "layers": now[0]["layers"]})
         self._write("train", counters.train_loss, self.data.scores("train", counters.train_loss, counters.correct / counters.seen))
         counters.losses, counters.correct, counters.seen = [], 0, 0
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         split = self.config.data.evaluate
-        self.model.eval()
-        total, correct, seen = 0.0, 0, 0
+        model = self._evaluated().eval()
+        total, correct, near, seen = 0.0, 0, 0, 0
         for inputs, targets in self.data.evaluation(split, self.config.train.eval_batch):
-            loss, logits = self._loss(inputs, targets)
+            loss, logits = self._loss(model, inputs, targets)
             total += float(loss) * targets.numel()
             correct += int((logits.argmax(-1) == targets).sum())
+            ranked = logits.dim() == 2 and logits.shape[1] >= TOP5_FROM
+            near += int((logits.topk(5).indices == targets[:, None]).sum()) if ranked else 0
             seen += targets.numel()
         loss_value = total / seen
         if not math.isfinite(loss_value):
             raise self._non_finite(f"the {split} loss is {loss_value}", self.counters.step)
-        found = self.data.scores(split, loss_value, correct / seen)
+        found = self.data.scores(split, loss_value, correct / seen) | ({"top5": near / seen} if ranked else {})
         self._write(split, loss_value, found)
         scores: dict[str, float | None] = {
             "step": self.counters.step,
@@ -285,6 +303,10 @@ class _Trainer:
         self.counters.final = scores
         if self.counters.lowest is None or loss_value < self.counters.lowest:
             self.counters.lowest, self.counters.best = loss_value, scores
+
+    def _evaluated(self) -> nn.Module:
+        """The model whose weights are judged and kept."""
+        return self.model if self.mean is None else self.mean.module
 
     def _write(self, split: str, loss: float, scores: dict[str, float]) -> None:
         lr = self.optimizer.param_groups[0]["lr"]
@@ -303,6 +325,7 @@ class _Trainer:
     def _write_mole(self, row: dict[str, Any]) -> None:
         """What a converted layer tells of its gradient: it counts passes, of which there is one a step."""
         self.log.write({"step": row["step"], "split": "mole", **{key: value for key, value in row.items() if key != "step"}})
+        self._sink(f"mole/{row['layer']}", {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"})
 
     def _non_finite(self, what: str, step: int) -> NonFinite:
         kept = self.out / CHECKPOINT
@@ -315,6 +338,8 @@ class _Trainer:
         counters.rss_peak = max(counters.rss_peak, rss_peak())
         counters.missed, counters.malformed = self.faults_before[0] + self.power.missed, self.faults_before[1] + self.power.malformed
         measured = self.power.joules
+        if isinstance(self.data, Skips):
+            counters.skipped = sorted({*counters.skipped, *self.data.skipped})
         counters.joules = None if measured is None or self.joules_before is None else self.joules_before + measured
 
     def _checkpoint(self) -> None:
@@ -329,6 +354,7 @@ class _Trainer:
             "counters": asdict(self.counters),
             "metrics": self.log.lines,
             "model": self.model.state_dict(),
+            "mean": None if self.mean is None else self.mean.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "mole": None if self.mole is None else self.mole.state_dict(),
             "rng": torch.get_rng_state(),
@@ -356,6 +382,8 @@ class _Trainer:
                     f"--resume: {key} of {path}", content["run"].get(key), f"{value!r}, as this run asks; --force starts over"
                 )
         self.model.load_state_dict(content["model"])
+        if self.mean is not None:
+            self.mean.load_state_dict(content["mean"])
         self.optimizer.load_state_dict(content["optimizer"])
         if self.mole is not None:
             self.mole.load_state_dict(content["mole"])
@@ -380,11 +408,12 @@ class _Trainer:
             self.spec,
             self.counters,
             device=self.device,
-            data=self.identity,
+            data=self.identity | ({"corrupt": len(self.counters.skipped)} if isinstance(self.data, Skips) else {}),
             unit=f"{self.data.unit}/s",
             memory={"parameters": self.ledger.parameters(), "optimizer_state": optim.state_nbytes(self.optimizer)},
             parameters={"total": self.total, "compressed": self.under_test},
             power=self.power,
+            condition=summary.condition_of(self.optimizer, self.counters.plan, self.counters.step),
             mole=None if self.mole is None else self.mole.record(),
             sample=self._sample(),
         )
@@ -394,7 +423,7 @@ class _Trainer:
         for name, content in self.data.files().items():
             atomic.write(self.out / name, lambda file, text=content: file.write(text.encode()))  # type: ignore[misc]
         write_csv(self.out / MEMORY, self.counters.memory)
-        checkpoint.save(self.out / MODEL, {"run": self._identity(), "step": self.counters.step, "model": self.model.state_dict()})
+        checkpoint.save(self.out / MODEL, {"run": self._identity(), "step": self.counters.step, "model": self._evaluated().state_dict()})
         record.save(self.out / RECORD, result)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
         return result

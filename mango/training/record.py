@@ -40,6 +40,8 @@ class DataIdentity(Strict):
     train: int
     test: int
     validation: int = 0
+    corrupt: int = Field(0, ge=0, description="damaged images or shards that were left out, as the configuration allows")
+    empty: list[str] = Field([], description="classes without training images")
 
 
 class Throughput(Strict):
@@ -50,16 +52,18 @@ class Throughput(Strict):
 class Scores(Strict):
     """``test_*`` when the test set was evaluated, ``validation_*`` when the configuration chose the validation set.
 
-    Losses are mean cross-entropies in nats. The task's own metric is accuracy for images and bits per byte for text.
+    Losses are mean cross-entropies in nats. The task's own metric is accuracy (and top-5 accuracy) for images and bits per byte for text.
     """
 
     step: int
     train_loss: float | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None
+    test_top5: float | None = None
     test_bits_per_byte: float | None = None
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    validation_top5: float | None = None
     validation_bits_per_byte: float | None = None
 
 
@@ -100,6 +104,16 @@ class Energy(Strict):
 class PlanStep(Strict):
     step: int
     layers: dict[str, dict[str, Any]]
+
+
+class StepCondition(Strict):
+    """T7 for the plans that a policy chose in this run: largest step sizes of EF21 for L = L_tilde = 1 (``mango.policy.base``)."""
+
+    policy: str
+    alpha_min: float = Field(description="the contraction that the policy declares for every plan it may choose")
+    least: float = Field(description="the least contraction of the plans that it chose")
+    step_declared: float = Field(description="by T7 (1), with alpha_min")
+    step_schedule: float = Field(description="by T7 (2), for the sequence of plans as it was")
 
 
 class Contraction(Strict):
@@ -155,6 +169,7 @@ class RunRecord(Strict):
     parameters: Parameters
     energy: Energy
     plan: list[PlanStep] = Field(description="what is kept per layer, at each step where it changed; empty for methods without a plan")
+    step_condition: StepCondition | None = Field(None, description="null where no policy chose plans")
     contraction: list[Contraction] = Field(description="at the evaluation steps; empty for methods that certify nothing")
     mole: Mole | None = Field(None, description="null when no layer was converted")
     contexts: list[Context] = Field([], description="measured at several context lengths, by workflow/scripts/contexts.py")

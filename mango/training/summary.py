@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from mango.optim import Mango
+from mango.optim.plan import LayerPlan
 from mango.telemetry import PowerSampler
 from mango.telemetry.memory import device_peaks
 from mango.training import provenance, record
@@ -37,6 +39,7 @@ class Counters:
     memory: list[dict[str, int]] = field(default_factory=list)  # bytes by category after the steps that end a train line
     missed: int = 0
     malformed: int = 0
+    skipped: list[str] = field(default_factory=list)  # damaged examples that were left out
     plan: list[dict[str, Any]] = field(default_factory=list)
     contraction: list[dict[str, Any]] = field(default_factory=list)
     started: str = ""
@@ -50,6 +53,21 @@ def plan_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{"step": 0, "layers": layers}] if layers else []
 
 
+def condition_of(optimizer: torch.optim.Optimizer, plan: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any] | None:
+    """T7's step-size condition for the plans that a policy chose; None where none did."""
+    policy = optimizer.policy if isinstance(optimizer, Mango) else None
+    if policy is None or not isinstance(optimizer, Mango):
+        return None
+    from mango.policy.base import step_condition
+
+    shapes = optimizer.shapes()
+    own = {name: base for name, base in optimizer.own_plans().items() if base is not None}
+    declared = min(policy.alpha_min([shapes[name]], base) for name, base in own.items())
+    history = [(row["step"], [LayerPlan.of(row["layers"][name]) for name in own]) for row in plan]
+    found = step_condition(declared, [shapes[name] for name in own], history, steps)
+    return {"policy": type(policy).__name__, **asdict(found)}
+
+
 def record_of(
     spec: RunSpec,
     counters: Counters,
@@ -60,6 +78,7 @@ def record_of(
     memory: dict[str, int],
     parameters: dict[str, int],
     power: PowerSampler,
+    condition: dict[str, Any] | None = None,
     mole: dict[str, Any] | None = None,
     sample: str | None = None,
 ) -> RunRecord:
@@ -70,6 +89,7 @@ def record_of(
         unit: of the throughput.
         memory: bytes of "parameters" and "optimizer_state".
         parameters: counts, "total" and "compressed".
+        condition: T7's, see ``mango.training.record.StepCondition``.
         mole: what was converted, see ``mango.training.record.Mole``.
         sample: text that the trained model wrote.
     """
@@ -112,6 +132,7 @@ def record_of(
             "malformed": counters.malformed,
         },
         "plan": counters.plan,
+        "step_condition": condition,
         "contraction": counters.contraction,
         "mole": mole,
         "sample": sample,

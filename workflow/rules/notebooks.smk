@@ -6,7 +6,7 @@ FIGURES = {
     "02_theory": [],
     "03_optimizer": ["pareto", "curves", "recovered", "contraction"],
     "04_molegrad": ["recovered", "kept", "energy", "contexts", "curves"],
-    "05_policy": ["costs", "decisions"],
+    "05_policy": ["costs", "decisions", "attention"],
     "07_llama": ["pretrain", "held"],
 }
 # Notebook -> what it reads: experiments, the contexts, the theorems, or the evaluation of policies. It runs in the tiers that have all of it.
@@ -18,6 +18,11 @@ READS = {
     "05_policy": ("policy",),
     "07_llama": ("llama-pretrain", "llama-finetune"),
 }
+# What it reads besides in the tiers that have it, for one figure more.
+ABLATION = [name for name in ("ablation-cifar10", "ablation-language") if name in TIER_CONFIG.experiments]
+if ABLATION:
+    READS["03_optimizer"] += tuple(ABLATION)
+    FIGURES["03_optimizer"].append("ablation")
 NOTEBOOKS = [name for name in FIGURES if jobs.subjects(TIER_CONFIG).issuperset(READS[name])]
 
 for notebook in NOTEBOOKS:

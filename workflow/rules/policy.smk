@@ -1,13 +1,29 @@
-"""Policies: the evaluation belongs to the tier; `snakemake policy` makes the shipped policy anew, from traces to PPO.
+"""Policies: the evaluation belongs to the tier; `snakemake policy` makes the shipped policies anew, from traces to PPO.
 
-`snakemake policy` ends in results/<tier>/policy/tinyformer.safetensors, which is copied to mango/policy/ by hand: ordinary runs judge what
-is shipped and do not depend on training it.
+`snakemake policy` ends in results/<tier>/policy/{tinyformer,lstm,scratch}.safetensors, of which the first two are copied to mango/policy/
+by hand: ordinary runs judge what is shipped and do not depend on training it. The others (scratch, which is PPO alone, and the clones, which
+are imitation alone) are trained only in a tier whose evaluation names them.
 """
 
 POLICY = f"{RESULTS}/policy"
 
 
+# Learner -> its kind and the clone that PPO starts from.
+LEARNERS = {
+    "tinyformer": ("tinyformer", f"{POLICY}/cloned-tinyformer.safetensors"),
+    "lstm": ("lstm", f"{POLICY}/cloned-lstm.safetensors"),
+    "scratch": ("tinyformer", None),
+}
+
+
+wildcard_constraints:
+    kind="tinyformer|lstm",
+    learner="tinyformer|lstm|scratch",
+
+
 rule policy_evaluation:
+    input:
+        jobs.policy_files(TIER_CONFIG),
     output:
         f"{POLICY}/evaluation.json",
     log:
@@ -54,12 +70,12 @@ rule policy_imitation:
     input:
         rules.policy_traces.output.file,
     output:
-        file=f"{POLICY}/cloned.safetensors",
-        more=f"{POLICY}/cloned.json",
+        file=f"{POLICY}/cloned-{{kind}}.safetensors",
+        more=f"{POLICY}/cloned-{{kind}}.json",
     log:
-        f"{LOGS}/policy/imitation.log",
+        f"{LOGS}/policy/imitation-{{kind}}.log",
     benchmark:
-        f"{LOGS}/policy/imitation.tsv"
+        f"{LOGS}/policy/imitation-{{kind}}.tsv"
     threads: 1
     resources:
         mem_mb=3000,
@@ -69,22 +85,23 @@ rule policy_imitation:
         settings=jobs.policy_settings(TIER_CONFIG),
         file=SETTINGS_FILE,
     message:
-        "Cloning experts"
+        "Cloning experts: {wildcards.kind}"
     shell:
-        "OMP_NUM_THREADS={threads} python workflow/scripts/policy.py imitate --config {params.file} --traces {input} --out {output.file} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} python workflow/scripts/policy.py imitate --config {params.file} --traces {input} --kind {wildcards.kind}"
+        " --out {output.file} > {log} 2>&1"
 
 
 rule policy_ppo:
     input:
-        rules.policy_imitation.output.file,
+        lambda wildcards: LEARNERS[wildcards.learner][1] or [],
     output:
-        file=f"{POLICY}/tinyformer.safetensors",
-        more=f"{POLICY}/tinyformer.jsonl",
+        file=f"{POLICY}/{{learner}}.safetensors",
+        more=f"{POLICY}/{{learner}}.jsonl",
     log:
-        f"{LOGS}/policy/ppo.log",
+        f"{LOGS}/policy/ppo-{{learner}}.log",
     benchmark:
-        f"{LOGS}/policy/ppo.tsv"
-    threads: 1
+        f"{LOGS}/policy/ppo-{{learner}}.tsv"
+    threads: jobs.policy_workers(TIER_CONFIG)
     resources:
         mem_mb=3000,
         runtime=240,
@@ -92,18 +109,21 @@ rule policy_ppo:
         code=jobs.policy_code(TIER_CONFIG),
         settings=jobs.policy_settings(TIER_CONFIG),
         file=SETTINGS_FILE,
+        kind=lambda wildcards: LEARNERS[wildcards.learner][0],
+        start=lambda wildcards, input: f"--start {input}" if input else "",
     message:
-        "Improving the policy by PPO"
+        "Improving a policy by PPO: {wildcards.learner}"
     shell:
-        "OMP_NUM_THREADS={threads} python workflow/scripts/policy.py ppo --config {params.file} --start {input} --out {output.file} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 python workflow/scripts/policy.py ppo --config {params.file} {params.start} --kind {params.kind}"
+        " --out {output.file} > {log} 2>&1"
 
 
 rule policy:
     input:
-        rules.policy_ppo.output.file,
+        expand(rules.policy_ppo.output.file, learner=LEARNERS),
     log:
         f"{LOGS}/policy/all.log",
     message:
-        "The policy is trained"
+        "The policies are trained"
     shell:
         "echo {input} > {log}"

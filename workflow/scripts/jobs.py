@@ -139,7 +139,7 @@ def data_settings(tier: TierConfig, experiment: str) -> str:
     chosen = tier.experiments[experiment].data
     if chosen.source == "download":  # looking would fetch it
         return chosen.model_dump_json()
-    used, origin = data.find(chosen.name, chosen.source)
+    used, origin = data.find(chosen.name, chosen.source, getattr(chosen, "root", None))
     return f"{chosen.model_dump_json()} {used} {origin.key()}"
 
 
@@ -211,8 +211,21 @@ def policy_settings(tier: TierConfig) -> str:
     return "" if tier.policy is None else tier.policy.model_dump_json()
 
 
+def policy_files(tier: TierConfig) -> list[str]:
+    """What an evaluation judges beside the registered policies, and so has to be trained first."""
+    if tier.policy is None:
+        return []
+    named = {*tier.policy.policies, *(name for ablation in tier.policy.ablations.values() for name in ablation.policies)}
+    return [f"results/{tier.tier}/policy/{name}.safetensors" for name in sorted(named - {*policy.REGISTRY})]
+
+
+def policy_workers(tier: TierConfig) -> int:
+    """Processes that play PPO's episodes."""
+    return 1 if tier.policy is None else tier.policy.workers
+
+
 def policy_code(tier: TierConfig) -> str:
-    """Hash of the code behind policies, and of the file that is shipped."""
+    """Hash of the code behind policies, and of the files that are shipped."""
     if tier.policy is None:
         return ""
     tasks = [*tier.policy.held_out.values(), *tier.policy.train.values()]
@@ -221,14 +234,17 @@ def policy_code(tier: TierConfig) -> str:
     }
     rules = {entry(policy.REGISTRY, name) for name in policy.REGISTRY}
     kinds = {entry(codecs.REGISTRY, name) for name in ("bf16", "int8", "nf4")}
-    shipped = hashlib.sha256((ROOT / "mango" / "policy" / "tinyformer.safetensors").read_bytes()).hexdigest()[:16]
-    return f"{digest(['workflow/scripts/policy.py', *sorted(parts | rules | kinds)])}-{shipped}"
+    scripts = [f"workflow/scripts/{name}.py" for name in ("policy", "policy_evaluation")]
+    files = sorted((ROOT / "mango" / "policy").glob("*.safetensors"))
+    shipped = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    return f"{digest([*scripts, *sorted(parts | rules | kinds)])}-{shipped}"
 
 
 def notebook_records(tier: TierConfig, subject: str) -> list[str]:
-    """What a notebook reads: records of the theorems, the policies, an experiment or the contexts; the last two of every archive too."""
+    """What a notebook reads: records of the theorems, the policies, an experiment or the contexts; the last three of every archive too."""
     if subject == "policy":
-        return [f"results/{tier.tier}/policy/evaluation.json"]
+        archived = (ROOT / "results" / "archive").glob("*/policy/evaluation.json")
+        return [f"results/{tier.tier}/policy/evaluation.json", *sorted(str(path.relative_to(ROOT)) for path in archived)]
     if subject == "theory":
         return [f"results/{tier.tier}/theory/{theorem}.json" for theorem in theorems(tier)]
     made = [(method, 0) for method in METHODS] if subject == "contexts" else runs(tier, subject)

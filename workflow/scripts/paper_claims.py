@@ -12,7 +12,7 @@ from typing import Any
 import paper_llama
 import paper_plan
 import paper_policy
-from paper_experiments import EXPERIMENTS, Sentences, count
+from paper_experiments import ABLATIONS, EXPERIMENTS, Sentences, count
 from paper_molegrad import Mole
 from paper_numbers import Numbers
 
@@ -43,6 +43,8 @@ def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Rep
     } | paper_plan.sentences(plans)
     for name in EXPERIMENTS:
         found |= (Mole if name == "nanochat" else Sentences)(numbers, name).all()
+    for name in ABLATIONS:
+        found[f"{name}.cells"] = Sentences(numbers, name).cells() if f"{name}.runs" in numbers else "This tier has no ablation."
     found |= paper_policy.sentences(numbers) | paper_llama.sentences(numbers)
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
 
@@ -129,6 +131,22 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
             "contexts",
             None,
             r"\path{tests/test_contexts.py}",
+        ),
+        Evidence(
+            r"\Cref{sec:policy}: policies on held-out tasks, oracle, ablations",
+            "policy_evaluation",
+            f"results/{tier}/policy/evaluation.json",
+            "policy/evaluation",
+            None,
+            r"\path{tests/test_policy.py}, \path{tests/test_policy_runs.py}",
+        ),
+        Evidence(
+            "The learned policies that ship, from traces to PPO",
+            "policy",
+            "results/long/policy/tinyformer.safetensors",
+            "policy/ppo",
+            None,
+            r"recipe and agreement with experts in the files' headers; \path{tests/test_policy.py}",
         ),
         Evidence(
             r"\Cref{tab:theorems} and the figures of \cref{sec:theory}",

@@ -28,6 +28,7 @@ class Experiment:
     cost: tuple[str, str] = ("state", "state (B/param.)")
 
 
+ABLATIONS = ("ablation-cifar10", "ablation-language")  # one field of the plan changed at a time, in the tiers that have them
 EXPERIMENTS = {
     "cifar10": Experiment("01_cifar10", "images", 0.90, 1.1),
     "language": Experiment("03_optimizer", "language", 1.00, None),
@@ -172,6 +173,18 @@ class Sentences:
             for variant in changed
         ]
         return f"Changing one setting of {self.val(name, 'label')}, which recovers {self.val(name, 'recovered')}: {'; '.join(parts)}."
+
+    def cells(self) -> str:
+        """What an ablation was run on, and which of its cells ended lowest; it has one seed a cell and supports no verdict."""
+        name = self.get("headline")
+        cells = [variant for variant in self.get("variants") if self.get(variant, "group") == "mango"]
+        best, worst = (choose(cells, key=lambda variant: self.get(variant, "loss")) for choose in (min, max))
+        return (
+            f"On {self.val('data')}, {self.val('parameters')} parameters are trained for {self.val('steps')} steps of {self.val('batch')} "
+            f"({self.val('runs')} runs; records: {self.val('tier_label')}). {self.val(name, 'label')} with its defaults ends at a test "
+            f"loss of {self.val(name, 'loss')}; the lowest of {count(len(cells), 'cell')} is that of {self.val(best, 'label')}, "
+            f"{self.val(best, 'loss')}, the highest that of {self.val(worst, 'label')}, {self.val(worst, 'loss')}."
+        )
 
     def difference(self, variant: str, reference: str) -> str:
         spread = [self.get(name, "recovered_std") for name in (variant, reference)]

@@ -33,6 +33,7 @@ ESCAPES = {
     "\u2014": "---",
     "\u00b0": r"$^\circ$",
     "\u00b5": r"$\mu$",
+    "\u00b7": r"\textperiodcentered{}",
     "\u2192": r"$\to$",
     "\u2218": r"$\circ$",
     "<": r"\textless{}",

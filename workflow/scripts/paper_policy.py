@@ -11,6 +11,10 @@ LABELS = {
     "rankschedule": "Rank schedule (AdaRankGrad)",
     "budget": "Exact budget",
     "tinyformer": "TinyFormer",
+    "lstm": "LSTM over layers",
+    "cloned-tinyformer": "TinyFormer, cloned",
+    "cloned-lstm": "LSTM, cloned",
+    "scratch": "TinyFormer, PPO alone",
     "oracle": "Greedy oracle",
 }
 
@@ -19,13 +23,17 @@ def sentences(numbers: Numbers) -> dict[str, str]:
     """Every sentence by its key; of a tier without the experiment, that it was not run."""
     if "policy.variants" not in numbers:
         absent = "Policies were not compared in the tier behind this copy."
-        return {f"policy.{key}": absent for key in ("setup", "outcome", "behaviour", "imitation", "condition")}
+        keys = ("setup", "outcome", "oracle", "ablations", "behaviour", "imitation", "condition", "caption")
+        return {f"policy.{key}": absent for key in keys}
     return {
         "policy.setup": setup(numbers),
         "policy.outcome": outcome(numbers),
+        "policy.oracle": oracle(numbers),
+        "policy.ablations": ablations(numbers),
         "policy.behaviour": behaviour(numbers),
         "policy.imitation": imitation(numbers),
         "policy.condition": condition(numbers),
+        "policy.caption": r"Runs: \val{policy.label}.",
     }
 
 
@@ -45,31 +53,69 @@ def setup(numbers: Numbers) -> str:
 
 def outcome(numbers: Numbers) -> str:
     rule = label(numbers["policy.best_rule"])
-    low, high = numbers["policy.difference_low"], numbers["policy.difference_high"]
     text = (
         rf"The best rule is {rule}, with a hypervolume of \val{{policy.{numbers['policy.best_rule']}.volume}}; TinyFormer has "
         r"\val{policy.tinyformer.volume}"
     )
-    if low is None:
+    if numbers["policy.difference_low"] is None:
         return f"{text}. From one seed no verdict is possible."
     text += (
         r", a difference of \val{policy.difference} (\val{policy.difference_low} to \val{policy.difference_high}, bootstrap over seeds)."
     )
-    if high < 0.0:
-        verdict = "The learned policy is worse than a simple rule here, and the rule is what we recommend."
-    elif low > 0.0:
-        verdict = "The learned policy is better than every rule here."
-    else:
-        verdict = "The interval contains zero: the learned policy is not told apart from the simple rule, which is cheaper to have."
-    return f"{text} {verdict} " + (
-        "The greedy oracle was not run in this tier." if numbers["policy.oracle"] is None else r"The greedy oracle has \val{policy.oracle}."
+    verdict = {
+        -1: "The learned policy is worse than a simple rule here, and the rule is what we recommend.",
+        0: "The interval contains zero: the learned policy is not told apart from the simple rule, which is cheaper to have.",
+        1: "The learned policy is better than every rule here.",
+    }
+    return f"{text} {verdict[sign(numbers, 'policy.difference')]}"
+
+
+def sign(numbers: Numbers, key: str) -> int:
+    """Of a difference: 0 where its interval contains zero, or where there is none."""
+    low, high = numbers[f"{key}_low"], numbers[f"{key}_high"]
+    return 0 if low is None or low <= 0.0 <= high else 1 if low > 0.0 else -1
+
+
+def oracle(numbers: Numbers) -> str:
+    if numbers["policy.oracle"] is None:
+        return "The greedy oracle, which tries each plan of each layer for a step before it chooses, was not run in this tier."
+    text = (
+        r"The greedy oracle, which tries each plan of each layer for a step before it chooses, has a hypervolume of \val{policy.oracle}; "
+        r"TinyFormer has \val{policy.tinyformer.of_oracle} times as much, and its regret to the oracle is \val{policy.tinyformer.behind}"
     )
+    if numbers["policy.tinyformer.behind"] < 0.0:
+        return (
+            f"{text}: it is negative, as an oracle that looks one step ahead is no bound. It saves bytes whose worth shows only later, and "
+            "pays for changing its mind."
+        )
+    return f"{text}."
+
+
+def ablations(numbers: Numbers) -> str:
+    parts = []
+    for key, what in (("imitation", "PPO from random weights"), ("ppo", "imitation without PPO"), ("lstm", "the LSTM")):
+        if f"policy.adds.{key}" in numbers:
+            verdict = {-1: "behind", 0: "not told apart from", 1: "ahead of"}[sign(numbers, f"policy.adds.{key}")]
+            parts.append(rf"{verdict} {what} (\val{{policy.adds.{key}}}, \val{{policy.adds.{key}_low}} to \val{{policy.adds.{key}_high}})")
+    text = f"In hypervolume TinyFormer is {', '.join(parts)}." if parts else "No other learned policy was judged in this tier."
+    pairs = [
+        ("low-rank", "full-rank", "the exact budget with the low-rank stage", "without it"),
+        ("error-codec", "error-gradient", "an error kept in four bits", "in single precision"),
+    ]
+    for one, other, first, second in pairs:
+        if {f"{name} budget" for name in (one, other)} <= set(numbers["policy.ablations"]):
+            text += (
+                rf" Under \val{{policy.ablation.{one}.budget.budgets}} bytes a value {first} earns "
+                rf"\val{{policy.ablation.{one}.budget.reward}}, {second} \val{{policy.ablation.{other}.budget.reward}}."
+            )
+    return text
 
 
 def behaviour(numbers: Numbers) -> str:
     text = (
-        r"Its decisions have a mean entropy of \val{policy.entropy} nats a layer, and in the last block the run's token gives "
-        r"\val{policy.run_token} of its attention to itself."
+        r"Its decisions have a mean entropy of \val{policy.entropy} nats a layer. In the last block the run's token gives "
+        r"\val{policy.run_token} of its attention to itself, and the layer that is looked at most gets \val{policy.uneven} times an even "
+        r"share. It takes the very action of the exact budget for \val{policy.tinyformer.as_budget} of the layers of held-out tasks."
     )
     if numbers["policy.curvature"] is None:
         return f"{text} It chose one rank throughout, so there is nothing to relate to curvature."
@@ -84,7 +130,9 @@ def imitation(numbers: Numbers) -> str:
     return (
         r"Before it was improved by PPO the network was cloned from the exact budget. On episodes that it had not seen, a clone takes the "
         r"very action of its expert for \val{policy.agreement.budget} of the layers (exact budget), \val{policy.agreement.compams} "
-        r"(COMP-AMS) and \val{policy.agreement.oracle} (greedy oracle, whose choices turn on differences of single steps)."
+        r"(COMP-AMS) and \val{policy.agreement.oracle} (greedy oracle). "
+        "The first two are functions of what the policy sees. The oracle's choices are not: even with plans that a step's losses do not "
+        "tell apart counted as equal, they turn on the batch that comes next."
     )
 
 
@@ -100,10 +148,36 @@ def table(numbers: Numbers) -> str:
     """One row for each policy."""
     from paper_tables import tabular
 
-    head = ["policy", "hypervolume", r"\SI{95}{\percent} interval", "regret", "log loss ratio", "state", "seconds"]
+    head = ["policy", "volume", r"\SI{95}{\percent} interval", "regret", "to oracle", "log loss", "state", "seconds"]
     rows = []
     for name in numbers.get("policy.variants", []):
-        latex = {key: numbers.latex(f"policy.{name}.{key}") for key in ("volume", "low", "high", "regret", "loss", "memory", "seconds")}
+        keys = ("volume", "low", "high", "regret", "behind", "loss", "memory", "seconds")
+        latex = {key: numbers.latex(f"policy.{name}.{key}") for key in keys}
         interval = f"{latex['low']} to {latex['high']}"
-        rows.append([label(name), latex["volume"], interval, *(latex[key] for key in ("regret", "loss", "memory", "seconds"))])
-    return tabular("l r r r r r r", head, rows or [["not run in this tier", *[""] * 6]])
+        rows.append([label(name), latex["volume"], interval, *(latex[key] for key in keys[3:])])
+    return tabular("l r r r r r r r", head, rows or [["not run in this tier", *[""] * 7]])
+
+
+CHANGES = {
+    "low-rank": "ranks up to one half",
+    "full-rank": "no low-rank stage",
+    "error-none": "no error feedback",
+    "error-codec": "error in four bits",
+    "error-gradient": "error in single precision",
+}
+
+
+def ablation_table(numbers: Numbers) -> str:
+    """One row for each policy of each ablation."""
+    from paper_tables import tabular
+
+    head = ["changed", "policy", "budgets", "reward", r"\SI{95}{\percent} interval", "log loss", "state", "seconds"]
+    rows = []
+    for ablation in numbers.get("policy.ablations", []):
+        change, _, name = ablation.partition(" ")
+        keys = ("budgets", "reward", "reward_low", "reward_high", "loss", "memory", "seconds")
+        latex = {key: numbers.latex(f"policy.ablation.{change}.{name}.{key}") for key in keys}
+        interval = f"{latex['reward_low']} to {latex['reward_high']}"
+        row = [CHANGES.get(change, change), label(name), latex["budgets"], latex["reward"], interval, *(latex[key] for key in keys[4:])]
+        rows.append(row)
+    return tabular("l l r r r r r r", head, rows or [["not run in this tier", *[""] * 7]])

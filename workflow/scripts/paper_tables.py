@@ -46,6 +46,7 @@ def tables(
         "plan": tabular(*paper_plan.head(plans), paper_plan.rows(plans)),
         "claims": claims(numbers, records, tier, seconds),
         "policy": paper_policy.table(numbers),
+        "policy_ablations": paper_policy.ablation_table(numbers),
         **paper_llama.tables(numbers, reported),
         "reported": reported_table(reported),
         "machines": machines(numbers),

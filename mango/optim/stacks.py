@@ -1,0 +1,148 @@
+"""A step's work, sorted: what plain AdamW steps, and stacks of same-shaped matrices with one plan, each stepped at once."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mango.optim.adamw import adamw
+from mango.optim.layers import Hyper, LayerStack, Workspace
+from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
+
+State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter
+STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
+
+
+class Place(NamedTuple):
+    """Where a parameter stands: its group, its name for messages, and its number, which never changes."""
+
+    group: dict[str, Any]
+    name: str
+    number: int
+    plan: LayerPlan | None  # in force; None = plain AdamW
+
+
+@dataclass(slots=True)
+class Item:
+    """One parameter in a step."""
+
+    param: Tensor
+    grad: Tensor
+    place: Place
+
+    def names(self) -> list[str]:
+        """Of its matrices."""
+        each = matrix_count(self.param.shape)
+        return [self.place.name] if each == 1 else [f"{self.place.name}[{part}]" for part in range(each)]
+
+
+class Stacks:
+    """The stacks of one optimizer, and the scratch memory that they share.
+
+    Attributes:
+        of: parameter -> the stack that its state is a view of; built anew from the state when absent.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[Tensor, LayerStack] = {}
+        self._workspaces: dict[torch.device, Workspace] = {}
+
+    def step(self, items: Sequence[Item], states: State, watching: bool) -> dict[str, dict[str, float]]:
+        """Step these parameters. Returns the diagnostics by name, when they are watched.
+
+        Args:
+            items: parameters with their gradients.
+            states: the optimizer's, in which new states are made.
+            watching: whether diagnostics are wanted.
+        """
+        small: dict[tuple[Any, ...], list[Item]] = {}
+        large: dict[tuple[Any, ...], list[Item]] = {}
+        for item in items:
+            param, place = item.param, item.place
+            if place.plan is None:
+                small.setdefault((id(place.group), param.device), []).append(item)
+            else:
+                step = states[param].get("step", 0)
+                large.setdefault((id(place.group), place.plan, param.shape, param.dtype, param.device, step), []).append(item)
+        found: dict[str, dict[str, float]] = {}
+        for same in small.values():
+            self._step_small(same, states)
+        for same in large.values():
+            layers = max(1, STACK_VALUES // same[0].param.numel())
+            for first in range(0, len(same), layers):
+                found |= self._step_stack(same[first : first + layers], states, watching)
+        return found
+
+    @staticmethod
+    def _step_small(items: list[Item], states: State) -> None:
+        group, params = items[0].place.group, [item.param for item in items]
+        for param in params:
+            state = states[param]
+            if not state:
+                zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+                state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
+            state["step"] += 1
+        held = [states[param] for param in params]
+        adamw(
+            params,
+            [item.grad for item in items],
+            [state["exp_avg"] for state in held],
+            [state["exp_avg_sq"] for state in held],
+            [state["step"] for state in held],
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+        )
+
+    def _step_stack(self, items: list[Item], states: State, watching: bool) -> dict[str, dict[str, float]]:
+        group, params = items[0].place.group, [item.param for item in items]
+        stack = self._stack(items, states)
+        for param in params:
+            states[param]["step"] += 1
+        step = states[params[0]]["step"]
+        hyper = Hyper(
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            step=step,
+            seeds=[(group["seed"], step, item.place.number, part) for item in items for part in range(matrix_count(item.param.shape))],
+            matmul=group["matmul"],
+        )
+        device = params[0].device
+        workspace = self._workspaces.setdefault(device, Workspace(device))
+        matrices = [part for item in items for part in as_matrices(item.param)]
+        gradients = [part for item in items for part in as_matrices(item.grad)]
+        names = [name for item in items for name in item.names()] if watching else None
+        return stack.step(matrices, gradients, hyper, workspace, names)
+
+    def _stack(self, items: list[Item], states: State) -> LayerStack:
+        """The stack whose members are exactly these parameters; formed anew, from their states, when the members changed."""
+        first = items[0].param
+        each = matrix_count(first.shape)
+        stack = self.of.get(first)
+        if stack is not None and stack.layers == each * len(items) and all(self.of.get(item.param) is stack for item in items):
+            return stack
+        shape = matrix_shape(first.shape)
+        plan = items[0].place.plan
+        assert plan is not None
+        stack = LayerStack(plan, shape, each * len(items), first.device, items[0].place.name)
+        for number, item in enumerate(items):
+            state = states[item.param]
+            if state:
+                stack.load(number * each, each, state, item.place.name)
+            states[item.param] = {"step": state.get("step", 0), **stack.views(number * each, each)}
+            self.of[item.param] = stack
+        return stack
+
+
+def as_matrices(tensor: Tensor) -> list[Tensor]:
+    """Views of the matrices."""
+    return list(tensor.detach().unbind(0)) if matrix_count(tensor.shape) > 1 else [tensor]
