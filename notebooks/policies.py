@@ -102,4 +102,5 @@ def attention(decisions: pd.DataFrame) -> tuple[list[str], np.ndarray]:
     """(names of the tokens, who looks at whom in the last block) of the task with the most layers, mean over its decisions."""
     wide = max(decisions["layers"], key=len)
     rows = decisions[decisions["layers"].map(lambda names: names == wide)]
-    return ["run", *wide], np.mean([np.array(one) for one in rows["attention"]], axis=0)
+    short = [".".join(name.removesuffix(".weight").split(".")[-2:]) for name in wide]
+    return ["run", *short], np.mean([np.array(one) for one in rows["attention"]], axis=0)

@@ -17,6 +17,7 @@ from mango import LayerPlan, Mango, cli, codecs, optim
 from mango.compat import transformers
 from mango.errors import ConfigError
 from mango.models.gpt import GPT
+from mango.mole import MoleConfig, convert, revert
 from mango.optim.accounting import layer_nbytes, state_nbytes, state_tensors
 from mango.planner import GPUS, Target, gpus, methods, plan, target
 from mango.planner.growth import Growth
@@ -199,6 +200,42 @@ def test_weights_gradients_and_activations_are_the_ledgers(kind: str, dtype: tor
     report = plan(target_of(stand_in, loss), seq=32, methods=["adamw"], dtype=next(name for name, kind in DTYPES.items() if kind == dtype))
     assert report.rows[0].weights == ledger.parameters()
     assert report.rows[0].gradients == ledger.gradients()
+
+
+@pytest.mark.parametrize(("width", "depth"), [(64, 1), (128, 3), (256, 2)])
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_saved_activations_are_the_ledgers_at_three_sizes_of_model(kind: str, width: int, depth: int) -> None:
+    """To 5 %, and with the linear layers converted to codes of their inputs too, which keep less."""
+    if kind == "gpt":
+        stand_in = real = GPT(999, depth=depth, width=width, heads=2)
+        loss, ends = next_token, ("^embedding", "^head")
+    else:
+        config = tiny_llama()
+        config.hidden_size, config.num_hidden_layers, config.intermediate_size = width, depth, 2 * width
+        config.head_dim = width // config.num_attention_heads
+        real, stand_in = transformers("a test").LlamaForCausalLM(config).train(), causal("tiny", config).module
+        loss, ends = (lambda model, tokens: model(input_ids=tokens, labels=tokens).loss), ("embed", "lm_head")
+    planned = Target("tiny", stand_in, target_of(stand_in, loss).loss, ends=ends)
+    found = plan(planned, seq=96, batch=2, dtype="fp32", methods=["mango+fused", "mango+fused+int4"])
+    assert found.exact
+    kept = []
+    for row, store in zip(found.rows, (None, "int4"), strict=True):
+        if store is not None:
+            convert(real, MoleConfig(store=store, targets="all", exclude=ends))
+        ledger = MemoryLedger(real)
+        with ledger.activations():
+            loss(real, torch.zeros(2, 96, dtype=torch.long)).backward()
+        if store is not None:
+            revert(real)
+        kept.append(row.activations)
+        assert row.activations == pytest.approx(ledger.saved_activations, rel=0.05)
+    assert kept[0] > kept[1]
+
+
+def test_a_row_that_converts_nothing_is_refused_by_name() -> None:
+    assert [row.method for row in plan("resnet50", "rtx3090", batch=4, methods=["adamw"]).rows] == ["adamw"]
+    with pytest.raises(ConfigError, match=r"mole\.targets"):
+        plan("resnet50", "rtx3090", batch=4, methods=["mango+fused+int4"])
 
 
 def target_of(module: nn.Module, loss: Callable[..., Tensor]) -> Target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, *(tensor for part in saved for tensor in part.tensors))
         ctx.module, ctx.dtype, ctx.forms, ctx.input = module, dtype, [part.form for part in saved], x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -75,5 +76,14 @@ def adopt(module: nn.Module, original: nn.Module) -> None:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product with x is taken: autocast's where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) and x.dtype != torch.float64 else x.dtype
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; the meta device, on which memory is planned, has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, operations on the device of x are taken in their own dtype."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()

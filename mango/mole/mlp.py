@@ -12,7 +12,7 @@ from torch.nn import functional
 from mango.mole import pair
 from mango.mole.activations import hidden
 from mango.mole.layer import Layer, chunks, unflatten
-from mango.mole.linear import adopt, compute_dtype
+from mango.mole.linear import adopt, compute_dtype, without_autocast
 from mango.mole.recognise import Pattern
 from mango.mole.stores import Saved, load, save
 
@@ -75,7 +75,7 @@ class _MLP(torch.autograd.Function):
             layer.remember(parts)
         truth: list[Tensor] = []  # of the layer after the activation
         y = x.new_empty(sum(map(len, parts)), weights[down].shape[0], dtype=dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             for place, part, into in zip(kept, parts, chunks(y, config.chunk), strict=True):
                 value, partials = _hidden(activation, part.to(dtype), weights, biases)
                 torch.mm(value, weights[down].mT, out=into)

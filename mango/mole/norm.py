@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mango.mole.linear import adopt
+from mango.mole.linear import adopt, autocasts
 from mango.mole.stores import Shared
 
 
@@ -29,7 +29,7 @@ class MoleNorm(nn.RMSNorm):
         self.mole, self.shared = None, shared
 
     def forward(self, x: Tensor) -> Tensor:  # (…, features) -> (…, features)
-        if torch.is_autocast_enabled(x.device.type):  # autocast chooses the dtype of a norm by itself
+        if autocasts(x):  # autocast chooses the dtype of a norm by itself
             return super().forward(x)
         y: Tensor = _Norm.apply(x, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
         if y.requires_grad:  # then the backward pass keeps it

@@ -39,12 +39,14 @@ class Method:
         fused: the optimizer steps each parameter in the backward pass and frees its gradient.
         dtype: of weights and gradients; None takes the plan's.
         budget: Mango's plans are chosen to fill the card (``mango.policy.Budget``).
+        store: linear layers inside the model are converted (``mango.mole``) and keep their inputs as such codes; None = as autograd does.
     """
 
     optimizer: str
     fused: bool = False
     dtype: torch.dtype | None = None
     budget: bool = False
+    store: str | None = None
 
 
 METHODS = {
@@ -58,6 +60,8 @@ METHODS = {
     "adamw8bit+fused": Method("adamw8bit", fused=True),
     "galore+fused": Method("galore", fused=True),
     "mango+fused": Method("mango", fused=True),
+    "mango+fused+int4": Method("mango", fused=True, store="int4"),
+    "mango+fused+int2": Method("mango", fused=True, store="int2"),
     "mango-budget": Method("mango", fused=True, budget=True),
 }
 

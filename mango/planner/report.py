@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from mango.errors import ConfigError
+from mango.mole.config import MoleConfig
+from mango.mole.convert import convert, revert
 from mango.optim.accounting import layer_nbytes
 from mango.optim.plan import LayerPlan
 from mango.planner import gpus
@@ -95,7 +98,7 @@ def plan(
         gpu: a card of ``mango.planner.gpus``.
         seq: tokens a sequence; None takes the model's own. Not for models whose inputs have one size.
         batch: sequences or images in a forward pass.
-        methods: rows, of ``METHODS``; None = all.
+        methods: rows, of ``METHODS``; None = all, for images without those that convert linear layers.
         dtype: of weights and gradients: bf16, fp16 or fp32.
         rank: GaLore's and that of Mango's fixed plan, as in LayerPlan.
         reserve: bytes of the card that are left alone, as ``parse_budget`` takes them.
@@ -104,7 +107,9 @@ def plan(
     Raises: ConfigError for a name or number that is not legal. MissingExtra for a model whose library is absent.
     """
     card, found = gpus.find(gpu), target(model)
-    chosen = {name: method(name) for name in (METHODS if methods is None else methods)}
+    # a convolutional network has no linear layer to convert; who names such a row is told so
+    usual = [name for name, each in METHODS.items() if each.store is None or found.axis == "sequence"]
+    chosen = {name: method(name) for name in (usual if methods is None else methods)}
     if dtype not in DTYPES:
         raise ConfigError.of("dtype", dtype, "one of " + ", ".join(DTYPES))
     for field, value in (("seq", found.size if seq is None else seq), ("batch", batch)):
@@ -140,23 +145,27 @@ class _Planner:
     def __init__(self, found: Target, usable: int, seq: int, batch: int, rank: int | float, progress: Callable[[str], None]) -> None:
         self.target, self.usable, self.seq, self.batch, self.rank, self.progress = found, usable, seq, batch, rank, progress
         self.shapes = {name: tuple(param.shape) for name, param in found.module.named_parameters() if param.requires_grad}
-        self.growths: dict[torch.dtype, Growth] = {}
+        self.growths: dict[tuple[torch.dtype, str | None], Growth] = {}
 
-    def growth(self, dtype: torch.dtype) -> Growth:
-        """Over sequence lengths at this batch, or over batches."""
-        if dtype not in self.growths:
-            self.progress(f"{self.target.name} on the meta device, {str(dtype).removeprefix('torch.')}")
+    def growth(self, dtype: torch.dtype, store: str | None) -> Growth:
+        """Over sequence lengths at this batch, or over batches; of the model as it is, or with its linear layers converted to a store."""
+        if (dtype, store) not in self.growths:
+            how = "" if store is None else f", inputs as {store}"
+            self.progress(f"{self.target.name} on the meta device, {str(dtype).removeprefix('torch.')}{how}")
 
             def measure(size: int) -> Trace:
                 batch, length = (self.batch, size) if self.target.axis == "sequence" else (size, self.seq)
-                return trace(self.target.module, lambda model: self.target.loss(model, batch, length, dtype), dtype)
+                with _converted(self.target, store):
+                    return trace(self.target.module, lambda model: self.target.loss(model, batch, length, dtype), dtype)
 
-            self.growths[dtype] = Growth(measure, UNITS[self.target.axis])
-        return self.growths[dtype]
+            if store is not None:
+                measure(UNITS[self.target.axis])  # makes the codecs' tables, which would be in the first trace alone
+            self.growths[dtype, store] = Growth(measure, UNITS[self.target.axis])
+        return self.growths[dtype, store]
 
     def row(self, name: str, each: Method, dtype: torch.dtype) -> Row:
         self.progress(name)
-        growth = self.growth(dtype)
+        growth = self.growth(dtype, each.store)
         size = self.seq if self.target.axis == "sequence" else self.batch
         if not each.budget:
             plans: LayerPlan | dict[str, LayerPlan] = LayerPlan(rank=self.rank)
@@ -213,6 +222,19 @@ class _Planner:
             for (shape, chosen), names in groups.items()
             if chosen is not None
         ]
+
+
+@contextmanager
+def _converted(target: Target, store: str | None) -> Iterator[None]:
+    """Inside, the model's linear layers but its ends keep codes of their inputs. Raises: ConfigError when it has none to convert."""
+    if store is None:
+        yield
+        return
+    convert(target.module, MoleConfig(store=store, targets="all", exclude=tuple(target.patterns())))
+    try:
+        yield
+    finally:
+        revert(target.module)
 
 
 @dataclass(frozen=True)

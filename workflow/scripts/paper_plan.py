@@ -22,7 +22,9 @@ LABELS = {
     "adamw8bit+fused": "AdamW 8-bit, stepping in the backward pass",
     "galore+fused": "GaLore, stepping in the backward pass",
     "mango+fused": "Mango, stepping in the backward pass",
-    "mango-budget": "Mango, the same, with plans chosen for the card",
+    "mango+fused+int4": "Mango, the same, inputs of linear layers as int4",
+    "mango+fused+int2": "Mango, the same, inputs of linear layers as int2",
+    "mango-budget": "Mango, stepping in the backward pass, with plans chosen for the card",
 }
 CATEGORIES = ("weights", "gradients", "state", "activations", "workspace", "peak")
 DTYPES = {"bf16": "bfloat16", "fp16": "half precision", "fp32": "single precision"}

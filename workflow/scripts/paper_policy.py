@@ -8,7 +8,7 @@ LABELS = {
     "static": "Static",
     "uniform": "Uniform (COMP-AMS)",
     "heuristic": "Energy threshold",
-    "rankschedule": "Rank schedule (AdaRankGrad)",
+    "rankschedule": "AdaRankGrad's ranks",
     "budget": "Exact budget",
     "tinyformer": "TinyFormer",
     "lstm": "LSTM over layers",
@@ -81,7 +81,8 @@ def oracle(numbers: Numbers) -> str:
         return "The greedy oracle, which tries each plan of each layer for a step before it chooses, was not run in this tier."
     text = (
         r"The greedy oracle, which tries each plan of each layer for a step before it chooses, has a hypervolume of \val{policy.oracle}; "
-        r"TinyFormer has \val{policy.tinyformer.of_oracle} times as much, and its regret to the oracle is \val{policy.tinyformer.behind}"
+        r"where it was run TinyFormer has \val{policy.tinyformer.of_oracle} times as much, and its regret to the oracle is "
+        r"\val{policy.tinyformer.behind}"
     )
     if numbers["policy.tinyformer.behind"] < 0.0:
         return (
@@ -163,7 +164,7 @@ CHANGES = {
     "full-rank": "no low-rank stage",
     "error-none": "no error feedback",
     "error-codec": "error in four bits",
-    "error-gradient": "error in single precision",
+    "error-gradient": "error, full precision",
 }
 
 
