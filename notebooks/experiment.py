@@ -45,8 +45,8 @@ def dials(fields: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def kept_otherwise(run: RunRecord) -> bool:
-    """Whether activations are kept in another way than autograd's: codes, or computed again."""
-    return run.config.mole is not None or run.config.recompute
+    """Whether activations are kept in another way than autograd's (codes, or computed again), or the weights are (a frozen base)."""
+    return run.config.mole is not None or run.config.recompute or run.config.lora is not None
 
 
 def final_losses(runs: RunSet, name: str | None) -> dict[int, float]:

@@ -8,8 +8,8 @@ import os
 # spin while they wait, take several times as long as one thread each
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import torch
+from hypothesis import settings
 
 # examples are the same on every run and are not timed: the machines that run the tests differ
 settings.register_profile("mango", derandomize=True, deadline=None, max_examples=25)

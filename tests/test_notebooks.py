@@ -122,6 +122,34 @@ SETTINGS = {
                 },
             },
         },
+        "llama-pretrain": {
+            "seeds": [0, 1],
+            "minutes": 1,
+            "data": {"name": "text", "source": "embedded", "train": 20_000, "test": 1000, "sequence": 16},
+            "model": {"name": "llama"},
+            "exclude": ["embed_tokens|lm_head"],
+            "train": {"steps": 2, "batch": 4, "eval_every": 2, "log_every": 1},
+            "controls": {"dense": "adamw", "frozen": "frozen"},
+            "variants": {
+                "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
+                "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}},
+            },
+        },
+        "llama-finetune": {
+            "seeds": [0, 1],
+            "minutes": 1,
+            "data": {"name": "text", "source": "embedded", "train": 20_000, "test": 1000, "sequence": 16},
+            "model": {"name": "llama"},
+            "train": {"steps": 2, "batch": 4, "eval_every": 2, "log_every": 1},
+            "controls": {"dense": "adamw", "frozen": "frozen"},
+            "variants": {
+                "adamw": {"label": "AdamW, full", "optimizer": "adamw", "options": {"lr": 3e-3}},
+                "frozen": {"label": "Norms alone", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                "a-lora": {"label": "QLoRA", "optimizer": "adamw", "options": {"lr": 3e-3}, "lora": {"rank": 2, "base": "nf4"}},
+                "mango": {"label": "Mango, full", "optimizer": "mango", "options": {"lr": 3e-3, "fuse_backward": True}, "seeds": [0]},
+            },
+        },
     },
     "policy": {
         "minutes": 1,
@@ -411,3 +439,24 @@ def test_numbers_refuse_what_cannot_be_printed() -> None:
         numbers.add("a", 2.0, ".1f")
     with pytest.raises(ValueError, match="not finite"):
         numbers.add("b", float("nan"), ".1f")
+
+
+def test_llama_notebook_counts_every_byte_and_compares_with_four_bits() -> None:
+    out = executed("07_llama")
+    for figure in ("pretrain", "held"):
+        assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+    numbers = json.loads((out / "numbers.json").read_text())
+    records = {
+        name: json.loads((tiny_results() / TIER / "llama-finetune" / name / "0" / "run.json").read_text()) for name in ("a-lora", "mango")
+    }
+    for name, record in records.items():
+        memory, total = record["memory"], record["parameters"]["total"]
+        expected = sum(memory[key] for key in ("parameters", "gradients", "optimizer_state")) / total
+        assert numbers[f"llama-finetune.{name}.held.total"]["value"] == pytest.approx(expected, rel=1e-12)
+    assert numbers["llama-finetune.quantised.name"]["value"] == "a-lora"
+    assert numbers["llama-finetune.dense"]["value"] == "adamw"  # not the factors, whose optimizer is the frozen control's too
+    assert numbers["llama-finetune.quantised.pairs"]["value"] == 1 and numbers["llama-finetune.quantised.low"]["value"] is None
+    run = json.loads((tiny_results() / TIER / "llama-pretrain" / "mango" / "1" / "run.json").read_text())
+    other = json.loads((tiny_results() / TIER / "llama-pretrain" / "mango" / "0" / "run.json").read_text())
+    losses = [each["metrics"]["final"]["test_loss"] for each in (run, other)]
+    assert numbers["llama-pretrain.mango.perplexity"]["value"] == pytest.approx(sum(map(math.exp, losses)) / 2)

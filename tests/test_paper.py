@@ -24,6 +24,7 @@ import paper_build  # noqa: E402
 import paper_claims  # noqa: E402
 import paper_experiments  # noqa: E402
 import paper_generate  # noqa: E402
+import paper_llama  # noqa: E402
 import paper_molegrad  # noqa: E402
 import paper_numbers  # noqa: E402
 import paper_plan  # noqa: E402
@@ -55,7 +56,7 @@ def source(path: Path) -> str:
 @functools.cache
 def generated() -> Path:
     """What paper_generate writes from the notebooks' real, tiny runs."""
-    for name in ("01_cifar10", "02_theory", "03_optimizer", "04_molegrad", "05_policy"):
+    for name in ("01_cifar10", "02_theory", "03_optimizer", "04_molegrad", "05_policy", "07_llama"):
         executed(name)
     for gpu in ("rtx4090", "rtx5090"):
         path = tiny_results() / TIER / "plan" / f"d1-{gpu}.json"
@@ -321,6 +322,29 @@ def test_stand_in_data_are_never_printed_as_cifar() -> None:
     assert "stand in" not in altered(data="CIFAR-10 (JPEG)").data()
     assert "stands in for a corpus" in altered("language").data()
     assert "WikiText" not in altered("language").data() and "merity" in altered("language", data="English text").data()
+
+
+def tuned(**changes: object) -> str:
+    """The answer to the question of equal bytes, where Mango holds 5 bytes at a loss of 1.0 and four bits 2 bytes at 1.2."""
+    held = {"mango": (4.0, 0.5, 0.5), "qlora": (1.0, 0.4, 0.6)}
+    values: dict[str, object] = {"headline": "mango", "quantised": "qlora", "gap_passes": True, "quantised.name": "qlora"}
+    values |= {"mango.loss": 1.0, "qlora.loss": 1.2, "quantised.low": -0.3, "quantised.high": -0.1, "quantised.pairs": 3}
+    for name, parts in held.items():
+        values |= {f"{name}.held.{key}": part for key, part in zip(("parameters", "gradients", "optimizer_state"), parts, strict=True)}
+        values[f"{name}.held.total"] = sum(parts)
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    numbers = paper_numbers.Numbers({f"llama-finetune.{key}": {"value": value} for key, value in values.items()})
+    return paper_llama.at_the_same_bytes(paper_experiments.Sentences(numbers, "llama-finetune"))
+
+
+def test_the_question_of_equal_bytes_is_answered_by_the_numbers() -> None:
+    assert "is not won" in tuned() and "reaches a lower perplexity" in tuned() and "Mango is better" in tuned()
+    assert "reaches no lower perplexity" in tuned(mango__loss=1.3)
+    assert "At no more bytes" in tuned(mango__held__total=1.9) and "is not won" not in tuned(mango__held__total=1.9)
+    assert "not told apart" in tuned(quantised__high=0.1)
+    assert "too few for a test" in tuned(quantised__low=None)
+    assert "take less with Mango" in tuned(mango__held__gradients=0.1) and "take more with Mango" in tuned(mango__held__gradients=0.6)
+    assert "left open" in tuned(gap_passes=False) and "better" not in tuned(gap_passes=False).replace("which of them is better", "")
 
 
 def test_a_failed_theorem_is_said() -> None:

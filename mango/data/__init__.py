@@ -17,6 +17,8 @@ NAMES = {
     "imagefolder": "images in class folders or tar shards; Tiny-ImageNet-100; embedded stand-in: patches of scikit-image's photographs",
     "text": "English: news, addresses and WikiText-2; embedded stand-in: Python's documentation",
     "fineweb-edu": "web pages in parquet shards, column `text`; embedded stand-in: Python's documentation",
+    "c4": "web pages in shards of gzipped JSON lines, field `text`; embedded stand-in: Python's documentation",
+    "movie-reviews": "2 000 reviews, a domain to fine-tune on (Pang and Lee 2004); embedded stand-in: Python's code",
 }
 REGISTRY = Registry(
     "data.name",
@@ -26,6 +28,8 @@ REGISTRY = Registry(
         "imagefolder": "mango.data.imagefolder:find",
         "text": "mango.data.text:find",
         "fineweb-edu": "mango.data.shards:find",
+        "c4": "mango.data.shards:find_c4",
+        "movie-reviews": "mango.data.reviews:find",
     },
 )
 
@@ -62,7 +66,7 @@ def load(
             be trained on. An embedded stand-in that holds less gives all it has.
         progress: called with the number of images decoded so far.
         root: the folder of an ``imagefolder``; None = the data folder's.
-        options: of this kind of data: ``augment`` for images, ``sequence`` and ``vocabulary`` for text.
+        options: of this kind of data: ``augment`` for images, ``sequence``, ``vocabulary`` and ``tokenizer`` for text.
 
     Raises: ConfigError, DataError.
     """

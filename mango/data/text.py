@@ -116,6 +116,7 @@ class TextSource(ABC):
         progress: Progress | None = None,
         sequence: int = 128,
         vocabulary: int | None = None,
+        tokenizer: Path | None = None,
     ) -> TextData | TokenData:
         """The splits, which lie in the text in the order train, validation, test.
 
@@ -124,6 +125,7 @@ class TextSource(ABC):
                 train. Fewer test bytes are the first of that twentieth, fewer training bytes the last before validation.
             sequence: bytes or tokens in a window.
             vocabulary: tokens of a byte-pair encoding trained on the training split; None = the bytes themselves.
+            tokenizer: file of a tokenizer to use in place of one that is trained, as the ``tokenizers`` library saves it.
 
         Raises: ConfigError when more is asked for than there is, or a split is shorter than a window.
         """
@@ -145,11 +147,11 @@ class TextSource(ABC):
             if len(part) <= sequence:
                 raise ConfigError.of(f"data.{split}", len(part), f"more bytes than one window, data.sequence = {sequence}")
         found = TextData(name, self.title, used, splits, sequence)
-        if vocabulary is None:
+        if vocabulary is None and tokenizer is None:
             return found
         from mango.data.tokens import tokenized
 
-        return tokenized(found, self._name(), vocabulary)
+        return tokenized(found, self._name(), vocabulary, tokenizer)
 
     def _name(self) -> str:
         return f"{type(self).__name__.lower()}-{self.key()}"

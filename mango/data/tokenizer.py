@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,11 @@ class Tokenizer:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._tokenizer: Any = _library().Tokenizer.from_str(text)
+        try:
+            self._tokenizer: Any = _library().Tokenizer.from_str(text)
+        except Exception as error:  # the library raises no narrower one
+            raise DataError(f"the tokenizer is not one that the tokenizers library reads: {error}") from None
+        self._by_bytes = "ByteLevel" in json.dumps(json.loads(text).get("decoder"))
 
     @classmethod
     def trained(cls, split: np.ndarray, vocabulary: int) -> Tokenizer:
@@ -68,8 +73,8 @@ class Tokenizer:
             yield np.asarray(self._tokenizer.encode(piece, add_special_tokens=False).ids, dtype=np.int32)
 
     def nbytes(self, token: int) -> int:
-        """Bytes of text that a token stands for: each character of its name is one."""
-        return len(self._tokenizer.id_to_token(token))
+        """Bytes of text that a token stands for: each character of its name is one, in a byte-level vocabulary."""
+        return len(self._tokenizer.id_to_token(token)) if self._by_bytes else len(self.decode([token]).encode())
 
     def decode(self, tokens: list[int]) -> str:
         """The text of some tokens; bytes that are no whole character become U+FFFD."""

@@ -99,11 +99,13 @@ def _epoch(seed: int, epoch: int, slack: int, count: int) -> tuple[int, Tensor]:
     return offset, torch.randperm(count, generator=generator)
 
 
-def tokenized(text: TextData, key: str, vocabulary: int) -> TokenData:
+def tokenized(text: TextData, key: str, vocabulary: int | None, given: Path | None = None) -> TokenData:
     """The splits of a text as tokens of a tokenizer that is trained on its training split; made once, then mapped from the cache.
 
     Args:
         key: of the text's source.
+        vocabulary: tokens of the tokenizer to train.
+        given: file of a tokenizer to use instead.
 
     Raises: ConfigError when a split has no more tokens than a window; DataError when the text is not UTF-8.
     """
@@ -112,8 +114,8 @@ def tokenized(text: TextData, key: str, vocabulary: int) -> TokenData:
     folder.mkdir(parents=True, exist_ok=True)
     trained = f"{key}-{_range(text.splits['train'])}-{vocabulary}"
     with locked(folder / f"{trained}.lock"):
-        saved = folder / f"{trained}.json"
-        if not saved.is_file():
+        saved = given or folder / f"{trained}.json"
+        if given is None and vocabulary is not None and not saved.is_file():
             _replace(saved, [Tokenizer.trained(parts["train"], vocabulary).text.encode()])
         tokenizer = Tokenizer(saved.read_text())
         splits = {}

@@ -6,6 +6,7 @@ REGISTRY = Registry(
     "model",
     {
         "gpt": "mango.models.gpt:GPT",
+        "llama": "mango.models.llama:Llama",
         "resnet": "mango.models.resnet:ResNet",
         "resnet18": "mango.models.resnet:resnet18",
         "resnet50": "mango.models.vision:resnet50",

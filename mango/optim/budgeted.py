@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mango.errors import ConfigError
 from mango.optim.accounting import layer_nbytes
-from mango.optim.options import plan_of
 from mango.optim.plan import LayerPlan
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class StateBudget:
         from mango.policy.budget import parse_budget, plans_for_shapes  # which counts bytes by this package's parts
 
         counted = {place.name: param for param, place in optimizer._places.items() if param.requires_grad or optimizer.state.get(param)}
-        plain = {name for name, param in counted.items() if plan_of(optimizer._places[param].group) is None}
+        plain = {name for name, param in counted.items() if optimizer.own_plans().get(name) is None}
         held = self._held(counted.values(), fused=optimizer._fused is not None)
         shapes = {name: tuple(param.shape) for name, param in counted.items()}
         chosen = plans_for_shapes(shapes, self.value, plain=plain, field="memory_budget", held=held)

@@ -47,7 +47,8 @@ class Mango(Planned):
 
     or, with ``power="half"``, P = orth(H [M', S]ᵀ) from the momentum. The map H -> PU contracts with T3's certificate in expectation over
     the scouts. Between steps only P, M, sqrt(V) and E are kept, each through the codec that the plan names. Tensors with fewer than two
-    dimensions or 4096 values, and groups with ``plan=None``, are stepped by plain AdamW with float32 moments.
+    dimensions or 4096 values, LoRA's factors (known by peft's names) and groups with ``plan=None`` are stepped by plain AdamW with
+    float32 moments.
 
     Sources: GaLore (arXiv:2403.03507) for Adam on a projected gradient, Fira (arXiv:2410.01623) for stepping along the residual,
     Adafactor (arXiv:1804.04235) for its scales, LDAdam (arXiv:2410.16103) for moments that follow the basis and for the kept error.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -16,6 +17,14 @@ SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low
 POWERS = ("full", "half")
 SCALINGS = ("factored", "column")
 EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
+
+
+ADAPTER = re.compile(r"(^|\.)lora_")  # peft's names of low-rank factors
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is a factor of LoRA: of low rank already and a small part of the bytes, so Mango never compresses its state."""
+    return ADAPTER.search(name) is not None
 
 
 def is_matrix(shape: Sequence[int]) -> bool:

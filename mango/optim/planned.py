@@ -13,7 +13,7 @@ from mango.optim.accounting import layer_nbytes
 from mango.optim.budgeted import StateBudget
 from mango.optim.convert import convert
 from mango.optim.options import plan_of
-from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
+from mango.optim.plan import LayerPlan, is_adapter, is_matrix, matrix_count, matrix_shape
 from mango.optim.stacks import Place, Stacks
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Planned(torch.optim.Optimizer):
 
     def own_plans(self) -> dict[str, LayerPlan | None]:
         """The plans that the groups ask for, whatever ``set_plan`` or a policy made of them."""
-        return {place.name: plan_of(place.group) for param, place in self._places.items() if is_matrix(param.shape)}
+        asked = {place.name: plan_of(place.group) for param, place in self._places.items() if is_matrix(param.shape)}
+        return {name: None if is_adapter(name) else plan for name, plan in asked.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter, by name."""
@@ -109,5 +110,5 @@ class Planned(torch.optim.Optimizer):
         number = next(number for number, other in enumerate(self.param_groups) if other is group)
         names = group.get("param_names") or [f"param_groups[{number}]['params'][{place}]" for place in range(len(group["params"]))]
         for place, (param, name) in enumerate(zip(group["params"], names, strict=True)):
-            plan = plan_of(group, place) if is_matrix(param.shape) else None
+            plan = plan_of(group, place) if is_matrix(param.shape) and not is_adapter(name) else None
             self._places[param] = Place(group, name, len(self._places), plan)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from mango.errors import ConfigError
-from mango.optim.plan import is_matrix
+from mango.optim.plan import is_adapter, is_matrix
 
 Named = list[tuple[str, Tensor]]
 
@@ -17,7 +17,7 @@ def split(model_or_named: nn.Module | Iterable[tuple[str, Tensor]], exclude: Seq
     """The trainable parameters as (matrices, rest), each in the model's order.
 
     A matrix has at least two dimensions and 4096 values, and a name in which none of the regular expressions of ``exclude`` is found
-    (embeddings, first and last layers, as the experiment says).
+    (embeddings, first and last layers, as the experiment says). Factors of LoRA are never matrices.
 
     Raises:
         ConfigError: for a pattern that is not a regular expression, or that matches no parameter.
@@ -28,7 +28,7 @@ def split(model_or_named: nn.Module | Iterable[tuple[str, Tensor]], exclude: Seq
     rest: Named = []
     for name, param in named:
         if param.requires_grad:
-            matrix = is_matrix(param.shape) and name not in excluded
+            matrix = is_matrix(param.shape) and name not in excluded and not is_adapter(name)
             (matrices if matrix else rest).append((name, param))
     return matrices, rest
 

@@ -16,15 +16,9 @@ from torch import Tensor, nn
 from mango.compat import torchvision, transformers
 from mango.errors import ConfigError
 from mango.models.gpt import GPT
+from mango.models.llama import SIZES as LLAMA
+from mango.models.llama import configuration
 
-# GaLore's configurations (arXiv:2403.03507, configs/llama_*.json): width, FFN width, layers, heads; vocabulary 32000, untied
-LLAMA = {
-    "60m": (512, 1376, 8, 8),
-    "130m": (768, 2048, 12, 12),
-    "350m": (1024, 2736, 24, 16),
-    "1b": (2048, 5461, 24, 32),
-    "7b": (4096, 11008, 32, 32),
-}
 VISION = {"resnet50": "resnet50", "vit-b16": "vit_b_16"}
 NAMES = ("nanochat-d<depth>", *(f"llama-{size}" for size in LLAMA), *VISION, "a Hugging Face config.json")
 LANGUAGE_ENDS = ("embed", "lm_head", r"^head\.")  # kept on AdamW by Muon's and GaLore's authors
@@ -105,18 +99,7 @@ def _nanochat(depth: int) -> Target:
 
 
 def _llama(size: str) -> Target:
-    width, ffn, layers, heads = LLAMA[size]
-    library = transformers("a LLaMA")
-    config = library.LlamaConfig(
-        vocab_size=32000,
-        hidden_size=width,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-6,
-    )
-    return causal(f"LLaMA {size.upper()}", config)
+    return causal(f"LLaMA {size.upper()}", configuration(size, vocabulary=32000))
 
 
 def _hugging_face(path: Path) -> Target:

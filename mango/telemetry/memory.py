@@ -52,8 +52,11 @@ class MemoryLedger:
         self._inside = [""]  # names of the modules whose forward pass is running
 
     def parameters(self) -> int:
-        """Bytes of parameters and buffers; tied ones count once."""
-        return _storage_bytes([*self.model.parameters(), *self.model.buffers()])
+        """Bytes of parameters and buffers; tied ones count once. Scales that bitsandbytes keeps beside a four-bit parameter count."""
+        from mango.optim.accounting import tensors_in
+
+        scales = tensors_in([getattr(p, "quant_state", None) for p in self.model.parameters()])
+        return _storage_bytes([*self.model.parameters(), *self.model.buffers(), *scales])
 
     def gradients(self) -> int:
         """Bytes of the gradients that exist now."""

@@ -77,9 +77,12 @@ class ImageFolder(Data):
 class Text(Data):
     """Text as bytes or tokens."""
 
-    name: Literal["text", "fineweb-edu"]
+    name: Literal["text", "fineweb-edu", "c4", "movie-reviews"]
     sequence: Positive = Field(128, description="bytes or tokens in a window")
-    vocabulary: Positive | None = Field(None, description="tokens of a byte-pair encoding, trained on the training split; null = bytes")
+    vocabulary: Positive | None = Field(
+        None,
+        description="tokens of a byte-pair encoding, trained on the training split; null = bytes. A checkpoint's own goes before it",
+    )
 
 
 class ResNet(Strict):
@@ -126,11 +129,23 @@ class GPT(Strict):
     ffn: Positive = Field(4, description="hidden channels of the feed-forward part, as a multiple of the width")
 
 
+class Llama(Strict):
+    """LLaMA by transformers: see ``mango.models.llama``. The vocabulary is the data's, or the checkpoint's."""
+
+    name: Literal["llama"]
+    size: Literal["micro", "9m", "60m", "130m", "350m", "1b", "7b"] = "micro"
+    path: str | None = Field(
+        None,
+        description="folder of a checkpoint of transformers, whose weights, sizes and tokenizer are taken; null = random weights",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
+
+
 AnyData = Annotated[Images | ImageFolder | Text, Field(discriminator="name")]
-Model = Annotated[ResNet | ResNet18 | ResNet50 | ViT | GPT, Field(discriminator="name")]
+Model = Annotated[ResNet | ResNet18 | ResNet50 | ViT | GPT | Llama, Field(discriminator="name")]
 VISION = (ResNet, ResNet18, ResNet50, ViT)
 # The models that each kind of data is for.
-READS: dict[type[Data], tuple[type[Strict], ...]] = {Images: VISION, ImageFolder: VISION, Text: (GPT,)}
+READS: dict[type[Data], tuple[type[Strict], ...]] = {Images: VISION, ImageFolder: VISION, Text: (GPT, Llama)}
 
 
 class Train(Strict):
@@ -168,6 +183,14 @@ class Train(Strict):
         return self
 
 
+class Lora(Strict):
+    """Factors beside a frozen base: see ``mango.models.adapters``."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="the factors' product is scaled by alpha / rank")
+    base: Literal["float32", "bfloat16", "nf4"] = Field("float32", description="how the blocks' frozen matrices are kept")
+
+
 class Variant(Strict):
     """One method: an optimizer of ``mango.optim.REGISTRY`` and its options, and how its gradients come about."""
 
@@ -176,6 +199,7 @@ class Variant(Strict):
     options: dict[str, Any] = {}
     freeze: bool = Field(False, description="the layers under test do not train")
     mole: dict[str, Any] | None = Field(None, description="fields of mango.mole.MoleConfig, for the layers that it converts; null = none")
+    lora: Lora | None = Field(None, description="train low-rank factors beside a frozen LLaMA; null = none")
     recompute: bool = Field(False, description="activation checkpointing: keep each block's input alone and compute the block again")
     seeds: Annotated[list[Count], Field(min_length=1)] | None = Field(None, description="null = the experiment's; fewer for an ablation")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
@@ -218,6 +242,14 @@ class Task(Strict):
         description="regular expressions: of the matrices that are left, those under test; the others train alike in all variants, as "
         "the optimizer does it. Empty = all",
     )
+
+    def data_arguments(self) -> dict[str, Any]:
+        """Those of ``mango.data.load``. Text for a checkpoint that brings its tokenizer is read by that, whatever the vocabulary."""
+        from mango.models.llama import tokenizer_of
+
+        path = self.model.path if isinstance(self.model, Llama) else None
+        own = None if path is None else tokenizer_of(path)
+        return self.data.arguments() | ({} if own is None else {"tokenizer": own})
 
     @model_validator(mode="after")
     def _model_reads_data(self) -> Self:
@@ -345,6 +377,7 @@ class RunConfig(Task):
     options: dict[str, Any] = {}
     freeze: bool = False
     mole: dict[str, Any] | None = None
+    lora: Lora | None = None
     recompute: bool = False
 
     @model_validator(mode="after")
@@ -353,6 +386,12 @@ class RunConfig(Task):
             for field, value in (("recompute", self.recompute), ("train.sample", self.train.sample)):
                 if value:
                     raise ValueError(f"{field} = {value!r} is not legal: model.name = gpt alone has it")
+        return self
+
+    @model_validator(mode="after")
+    def _factors_have_a_frozen_llama(self) -> Self:
+        if self.lora is not None and (not isinstance(self.model, Llama) or self.freeze or self.mole is not None):
+            raise ValueError(f"lora = {self.lora.model_dump()} is not legal: only with model.name = llama, without freeze and mole")
         return self
 
     @model_validator(mode="after")
@@ -415,7 +454,7 @@ def resolve(
         raise ConfigError.of("variant", variant, f"one of {', '.join(sorted(chosen.variants))} (experiment {experiment})")
     method = chosen.variants[variant]
     config: dict[str, Any] = chosen.model_dump(include=set(Task.model_fields)) | method.model_dump(
-        include={"optimizer", "options", "freeze", "mole", "recompute"}
+        include={"optimizer", "options", "freeze", "mole", "lora", "recompute"}
     )
     for override in overrides or []:
         _set(config, override)
@@ -448,7 +487,7 @@ def _set(config: dict[str, Any], override: str) -> None:
     place = config
     for depth, name in enumerate(parents):
         inner = place.get(name)
-        if inner is None and parents[0] in ("options", "mole"):  # a part that the file leaves out
+        if inner is None and parents[0] in ("options", "mole", "lora"):  # a part that the file leaves out
             inner = place[name] = {}
         if not isinstance(inner, dict):
             sections = [key for key, below in place.items() if isinstance(below, dict)]

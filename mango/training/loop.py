@@ -41,8 +41,9 @@ from mango.training.session import (
 )
 from mango.training.summary import Counters, plan_of
 
-CONVERSIONS = Registry("conversion", {"mole": "mango.training.mole:MoleRun"})  # by name: runs without it do not depend on its code
 TOP5_FROM = 11  # classes: with fewer, five guesses say little
+# by name: runs without one do not depend on its code
+CONVERSIONS = Registry("conversion", {"mole": "mango.training.mole:MoleRun", "lora": "mango.models.adapters:adapt"})
 Progress = Callable[[str, int, int], None]  # what is done ("images decoded", "steps"), how many so far, of how many (0 = unknown)
 
 
@@ -106,7 +107,7 @@ class _Trainer:
             raise ConfigError.of("optimizer", self.config.optimizer, "one of " + ", ".join(sorted(optim.REGISTRY)))
         torch.manual_seed(run.seed)
         chosen = self.config.data
-        loaded = datasets.load(**chosen.arguments(), progress=lambda done: self.progress("images decoded", done, 0))
+        loaded = datasets.load(**self.config.data_arguments(), progress=lambda done: self.progress("images decoded", done, 0))
         if chosen.evaluate not in loaded.splits:
             raise ConfigError.of("data.validation", chosen.validation, "at least 1 when data.evaluate is validation")
         if settings.batch > len(loaded.splits["train"]):
@@ -117,6 +118,7 @@ class _Trainer:
         self.model: nn.Module = models.get(self.config.model.name, **self.data.model_arguments(), **options).to(self.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.total = sum(parameter.numel() for parameter in self.model.parameters())
         matrices, _ = optim.split(self.model, self.config.exclude)
         under_test = optim.matching(matrices, self.config.under_test) if self.config.under_test else matrices
         self.under_test = sum(parameter.numel() for _, parameter in under_test)
@@ -124,6 +126,8 @@ class _Trainer:
             parameter.requires_grad_(False)
         fields = self.config.mole
         self.mole = None if fields is None else CONVERSIONS.get("mole", model=self.model, fields=fields, write=self._write_mole)
+        if self.config.lora is not None:
+            CONVERSIONS.get("lora", model=self.model, **self.config.lora.model_dump())
         if isinstance(self.model, Writer):
             self.model.recompute = self.config.recompute
         self.optimizer = optim.build(self.config.optimizer, self.model, exclude=self.config.exclude, **self.config.options)
@@ -193,7 +197,7 @@ class _Trainer:
             loss, logits = self._loss(self.model, inputs, targets)
             loss.backward()
         if first:
-            counters.gradients, counters.saved_activations = self.ledger.gradients(), self.ledger.saved_activations
+            counters.gradients, counters.saved_activations = self._gradients(), self.ledger.saved_activations
         if settings.clip is not None:
             nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], settings.clip)
         answers = targets.argmax(-1) if targets.is_floating_point() else targets
@@ -224,6 +228,12 @@ class _Trainer:
             self.plans, now = plans, plan_of(self.optimizer)
             if now and now[0]["layers"] != self.counters.plan[-1]["layers"]:
                 self.counters.plan.append({"step": self.counters.step, "layers": now[0]["layers"]})
+
+    def _gradients(self) -> int:
+        """Bytes of gradients that a step holds at its peak: all of them, or the largest where each is freed as soon as it is stepped."""
+        if self.config.options.get("fuse_backward"):
+            return max(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        return self.ledger.gradients()
 
     def _settle(self) -> None:
         """Read the losses of the last steps: at every step on a CPU, seldom on an accelerator, where each reading waits for the device."""
@@ -401,7 +411,7 @@ class _Trainer:
             data=self.identity | ({"corrupt": len(self.counters.skipped)} if isinstance(self.data, Skips) else {}),
             unit=f"{self.data.unit}/s",
             memory={"parameters": self.ledger.parameters(), "optimizer_state": optim.state_nbytes(self.optimizer)},
-            parameters={"total": sum(p.numel() for p in self.model.parameters()), "compressed": self.under_test},
+            parameters={"total": self.total, "compressed": self.under_test},
             power=self.power,
             condition=summary.condition_of(self.optimizer, self.counters.plan, self.counters.step),
             mole=None if self.mole is None else self.mole.record(),

@@ -2,6 +2,8 @@
 
 
 rule data:
+    input:
+        lambda w: jobs.base(TIER_CONFIG, w.experiment),  # whose tokenizer reads the text
     output:
         "results/{tier}/data/{experiment}.json",
     log:

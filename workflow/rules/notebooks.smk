@@ -9,6 +9,7 @@ FIGURES = {
     "04_molegrad": ["recovered", "kept", "energy", "contexts", "curves"],
     "05_policy": ["costs", "decisions", "attention"],
     "06_vision": ["pareto", "curves_cnn", "curves_vit", "recovered_cnn", "recovered_vit"],
+    "07_llama": ["pretrain", "held"],
 }
 # Notebook -> what it reads: experiments, the contexts, the theorems, or the evaluation of policies. It runs in the tiers that have all of it.
 READS = {
@@ -19,6 +20,7 @@ READS = {
     "04_molegrad": ("nanochat", "contexts"),
     "05_policy": ("policy",),
     "06_vision": ("imagenet-cnn", "imagenet-vit"),
+    "07_llama": ("llama-pretrain", "llama-finetune"),
 }
 # What it reads besides in the tiers that have it, for one figure more.
 ABLATION = [name for name in ("ablation-cifar10", "ablation-language") if name in TIER_CONFIG.experiments]

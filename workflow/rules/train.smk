@@ -4,7 +4,8 @@ the declared outputs of failed jobs."""
 
 rule train:
     input:
-        "results/{tier}/data/{experiment}.json",
+        data="results/{tier}/data/{experiment}.json",
+        base=lambda w: jobs.base(TIER_CONFIG, w.experiment),
     output:
         record=report(
             "results/{tier}/{experiment}/{variant}/{seed}/run.json",
@@ -33,3 +34,25 @@ rule train:
     shell:
         "OMP_NUM_THREADS={threads} bash workflow/scripts/train.sh {params.out} {params.code}-{params.settings:q}"
         " {wildcards.experiment} --config {params.file} --variant {wildcards.variant} --seed {wildcards.seed} > {log} 2>&1"
+
+
+rule pretrained:
+    input:
+        "results/{tier}/{experiment}/{variant}/{seed}/run.json",
+    output:
+        directory("results/{tier}/{experiment}/{variant}/{seed}/pretrained"),
+    log:
+        "logs/{tier}/pretrained/{experiment}/{variant}/{seed}.log",
+    benchmark:
+        "logs/{tier}/pretrained/{experiment}/{variant}/{seed}.tsv"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=10,
+    params:
+        code=jobs.pretrained_code(),
+        run=subpath(input[0], parent=True),
+    message:
+        "Exporting the weights of {wildcards.experiment}: {wildcards.variant}, seed {wildcards.seed}"
+    shell:
+        "OMP_NUM_THREADS={threads} python workflow/scripts/pretrained.py {params.run} > {log} 2>&1"

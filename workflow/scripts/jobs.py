@@ -124,6 +124,8 @@ def run_modules(run: RunConfig) -> list[str]:
         mole = MoleConfig.of(run.mole)
         modules += [entry(CONVERSIONS, "mole"), entry(GRADIENTS, mole.gradient)]
         modules += [entry(codecs.REGISTRY, name) for name in {mole.store, mole.derivative_store} if name in codecs.REGISTRY]
+    if run.lora is not None:
+        modules.append(entry(CONVERSIONS, "lora"))
     return modules
 
 
@@ -144,6 +146,17 @@ def data_settings(tier: TierConfig, experiment: str) -> str:
 def data_code(tier: TierConfig, experiment: str) -> str:
     """Hash of the code that finds and decodes an experiment's data set."""
     return digest(["workflow/scripts/prepare_data.py", entry(data.REGISTRY, tier.experiments[experiment].data.name)])
+
+
+def base(tier: TierConfig, experiment: str) -> list[str]:
+    """The checkpoint that an experiment starts from, when it is one that the workflow makes."""
+    path = getattr(tier.experiments[experiment].model, "path", None)
+    return [path] if path is not None and Path(path).is_relative_to(Path("results", tier.tier)) else []
+
+
+def pretrained_code() -> str:
+    """Hash of the code that exports trained weights."""
+    return digest(["workflow/scripts/pretrained.py", entry(models.REGISTRY, "llama")])
 
 
 def theorem_code(theorem: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import paper_llama
 import paper_plan
 import paper_policy
 from paper_experiments import ABLATIONS, EXPERIMENTS, Sentences, count
@@ -44,7 +45,7 @@ def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Rep
         found |= (Mole if name == "nanochat" else Sentences)(numbers, name).all()
     for name in ABLATIONS:
         found[f"{name}.cells"] = Sentences(numbers, name).cells() if f"{name}.runs" in numbers else "This tier has no ablation."
-    found |= paper_policy.sentences(numbers)
+    found |= paper_policy.sentences(numbers) | paper_llama.sentences(numbers)
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import paper_claims
+import paper_llama
 import paper_plan
 import paper_policy
 from paper_experiments import EXPERIMENTS
@@ -46,6 +47,7 @@ def tables(
         "claims": claims(numbers, records, tier, seconds),
         "policy": paper_policy.table(numbers),
         "policy_ablations": paper_policy.ablation_table(numbers),
+        **paper_llama.tables(numbers, reported),
         "reported": reported_table(reported),
         "machines": machines(numbers),
     }

@@ -22,8 +22,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     try:
-        data = load_tier(options.config).experiments[options.experiment].data
-        found = load(**data.arguments()).identity()
+        task = load_tier(options.config).experiments[options.experiment]
+        found = load(**task.data_arguments()).identity()
     except MangoError as error:
         print(f"data: {error}", file=sys.stderr)
         return 2
