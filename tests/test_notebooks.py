@@ -122,6 +122,26 @@ SETTINGS = {
                 },
             },
         },
+        **{
+            name: {
+                "seeds": [0, 1],
+                "minutes": 1,
+                "data": {"name": "imagefolder", "source": "embedded", "size": 16, "train": 40, "test": 20},
+                "model": model,
+                "exclude": ["head"],
+                "train": {"steps": 2, "batch": 10, "eval_every": 2, "log_every": 1},
+                "controls": {"dense": "adamw", "frozen": "frozen"},
+                "variants": {
+                    "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
+                    "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                    "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}, "seeds": [0]},
+                },
+            }
+            for name, model in (
+                ("imagenet-cnn", {"name": "resnet", "width": 16, "blocks": [1, 1], "stem": "patch4"}),
+                ("imagenet-vit", {"name": "vit", "size": 16, "patch": 4, "depth": 1, "width": 16, "heads": 2, "ffn": 2}),
+            )
+        },
         "llama-pretrain": {
             "seeds": [0, 1],
             "minutes": 1,
@@ -202,9 +222,9 @@ def tiny_results() -> Path:
 
 @functools.cache
 def executed(name: str) -> Path:
-    """The folder that a notebook leaves on the tiny results; the first one runs in the repository's root, the others in notebooks/."""
+    """The folder that a notebook leaves on the tiny results; one runs in the repository's root, the others in notebooks/."""
     results = tiny_results()
-    cwd = ROOT if name == NOTEBOOKS[0].stem else ROOT / "notebooks"
+    cwd = ROOT if name == "01_cifar10" else ROOT / "notebooks"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the kernel sees this checkout
         papermill.execute_notebook(
@@ -305,6 +325,16 @@ def test_a_text_of_an_untrained_model_can_be_printed() -> None:
     molegrad = importlib.import_module("molegrad")
     assert molegrad.excerpt(" a\x01\ufffd\u00e9 ??? b?\n c ") == "a\u00b7\u00b7\u00b7 ? b? c"
     assert len(molegrad.excerpt("x" * 1000)) == 160
+
+
+def test_vision_notebook_reads_both_experiments() -> None:
+    out = executed("06_vision")
+    for figure in ("pareto", "curves_cnn", "curves_vit", "recovered_cnn", "recovered_vit"):
+        assert (out / f"{figure}.pdf").stat().st_size > 1000
+    numbers = json.loads((out / "numbers.json").read_text())
+    for name in ("imagenet-cnn", "imagenet-vit"):
+        assert "stand-in" in numbers[f"{name}.data"]["value"] and numbers[f"{name}.mango.seeds"]["value"] == 1
+        assert numbers[f"{name}.gap_passes"]["value"] is False, "two steps decide nothing"
 
 
 def test_molegrad_notebook_tells_converted_models_apart() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import paper_llama
 import paper_plan
 import paper_policy
-from paper_experiments import ABLATIONS, EXPERIMENTS, Sentences, count
+from paper_experiments import ABLATIONS, EXPERIMENTS, Photographs, Sentences, count, present
 from paper_molegrad import Mole
 from paper_numbers import Numbers
 
@@ -37,12 +37,13 @@ def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Rep
         "abstract.theory": theory(records),
         "theory.summary": theory(records),
         "theory.failures": failures(records),
-        "limitations.scale": " ".join(Sentences(numbers, name).scale() for name in EXPERIMENTS),
-        "limitations.energy": " ".join(Sentences(numbers, name).energy() for name in EXPERIMENTS),
+        "limitations.scale": " ".join(Sentences(numbers, name).scale() for name in present(numbers)),
+        "limitations.energy": " ".join(Sentences(numbers, name).energy() for name in present(numbers)),
         "reproducibility.compute": compute(numbers, records),
     } | paper_plan.sentences(plans)
     for name in EXPERIMENTS:
-        found |= (Mole if name == "nanochat" else Sentences)(numbers, name).all()
+        kind = Mole if name == "nanochat" else Photographs if name.startswith("imagenet") else Sentences
+        found |= kind(numbers, name).all()
     for name in ABLATIONS:
         found[f"{name}.cells"] = Sentences(numbers, name).cells() if f"{name}.runs" in numbers else "This tier has no ablation."
     found |= paper_policy.sentences(numbers) | paper_llama.sentences(numbers)
@@ -75,7 +76,7 @@ def failures(records: Records) -> str:
 
 
 def compute(numbers: Numbers, records: Records) -> str:
-    taken = " and ".join(f"{Sentences(numbers, name).val('wall')} ({EXPERIMENTS[name].subject})" for name in EXPERIMENTS)
+    taken = "; ".join(f"{Sentences(numbers, name).val('wall')} ({experiment.subject})" for name, experiment in present(numbers).items())
     text = rf"The training runs took {taken}; \cref{{tab:machines}} names the machines."
     return text + (rf" The theorem checks took \num{{{sum(record['seconds'] for record in records.values()):.0f}}}~s." if records else "")
 
@@ -103,7 +104,7 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
                 60 * numbers[f"{name}.live.wall"],
                 rf"gap test; \texttt{{make verify}} against \path{{results/reference/{tier}.json}}",
             )
-            for name in EXPERIMENTS
+            for name in present(numbers)
         ),
         *(
             Evidence(
@@ -114,7 +115,7 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
                 None,
                 "records validated against their schema when read",
             )
-            for name, experiment in EXPERIMENTS.items()
+            for name, experiment in present(numbers).items()
         ),
         Evidence(
             r"\Cref{tab:plan}: computed memory of a model that is not trained here",

@@ -33,7 +33,14 @@ EXPERIMENTS = {
     "cifar10": Experiment("01_cifar10", "images", 0.90, 1.1),
     "language": Experiment("03_optimizer", "language", 1.00, None),
     "nanochat": Experiment("04_molegrad", "nanochat", 0.97, None, ("kept", r"kept (\%)")),
+    "imagenet-cnn": Experiment("06_vision", "photographs, residual network", 0.95, None),
+    "imagenet-vit": Experiment("06_vision", "photographs, vision transformer", 0.95, None),
 }
+
+
+def present(numbers: Numbers) -> dict[str, Experiment]:
+    """The experiments that the tier has, by name."""
+    return {name: experiment for name, experiment in EXPERIMENTS.items() if f"{name}.variants" in numbers}
 
 
 @dataclass(frozen=True)
@@ -224,6 +231,27 @@ class Sentences:
     def labels(self, variants: list[str]) -> str:
         labels = [self.val(variant, "label") for variant in variants]
         return " and ".join([", ".join(labels[:-1]), labels[-1]] if len(labels) > 1 else labels)
+
+
+class Photographs(Sentences):
+    """Of a model trained on folders of images."""
+
+    def all(self) -> dict[str, str]:
+        texts = (self.caption, self.setup, self.gap, self.headline, self.peers)
+        return {f"{self.name}.{text.__name__}": text() if f"{self.name}.variants" in self.numbers else "" for text in texts}
+
+    def setup(self) -> str:
+        val = self.val
+        model = {
+            "imagenet-cnn": r"A residual network~\citep{he2016resnet}",
+            "imagenet-vit": r"A vision transformer~\citep{dosovitskiy2021vit}",
+        }
+        stand_in = "; they stand in for ImageNet, and nothing here is a statement about it" if "stand-in" in self.get("data") else ""
+        return (
+            f"{model[self.name]} of {val('parameters')} parameters, {val('under_test')} of them under test, is trained for {val('steps')} "
+            f"steps of {val('batch')} images on {val('train')} images and tested on {val('test')} ({val('runs')} runs). The images are "
+            f"{val('data')}{stand_in}."
+        )
 
 
 def count(number: int, noun: str) -> str:

@@ -9,7 +9,7 @@ import paper_claims
 import paper_llama
 import paper_plan
 import paper_policy
-from paper_experiments import EXPERIMENTS
+from paper_experiments import EXPERIMENTS, present
 from paper_numbers import Numbers, escape, printed
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -33,8 +33,9 @@ def tables(
     seconds: Mapping[str, float],
 ) -> dict[str, str]:
     """Every table by name."""
-    experiments: dict[str, str] = {}
-    for name in EXPERIMENTS:
+    absent = tabular("l", ["not run in this tier"], [])
+    experiments = {f"{name}{kind}": absent for name in EXPERIMENTS for kind in ("", "_live", "_settings")}
+    for name in present(numbers):
         experiments |= {
             name: comparison(numbers, name, EXPERIMENTS[name].cost),
             f"{name}_live": comparison(numbers, f"{name}.live", EXPERIMENTS[name].cost),
@@ -175,7 +176,7 @@ def reported_table(reported: Mapping[str, Any]) -> str:
 def machines(numbers: Numbers) -> str:
     """Where the runs of each experiment were made, and what they took."""
     rows = []
-    for name, experiment in EXPERIMENTS.items():
+    for name, experiment in present(numbers).items():
         for prefix in (name, f"{name}.live"):
             keys = ("tier_label", "machine", "torch", "runs", "wall", "energy")
             row = [experiment.subject, *(numbers.latex(f"{prefix}.{key}") for key in keys)]
