@@ -132,7 +132,7 @@ def test_nothing_but_download_opens_a_connection(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"name": "cifar11"}, r"data\.name = 'cifar11' is not legal: one of cifar10, digits"),
+        ({"name": "cifar11"}, r"data\.name = 'cifar11' is not legal: one of c4, cifar10, digits"),
         ({"name": "cifar10", "source": "web"}, r"data\.source = 'web' is not legal: one of auto, local, download, embedded"),
         ({"name": "digits", "source": "local"}, "digits ship with scikit-learn"),
         ({"name": "digits", "train": 5000}, r"5000 is not legal: at most the \d+ training images"),

@@ -207,6 +207,7 @@ def settings(setting: dict[str, Any], length: int, options: argparse.Namespace) 
             "autocast": "bf16" if torch.device(options.device).type == "cuda" else None,
             "channels_last": False,
             "device": "auto",
+            "ema": None,
             "sample": 0,
             "threads": torch.get_num_threads(),
         },
@@ -215,6 +216,7 @@ def settings(setting: dict[str, Any], length: int, options: argparse.Namespace) 
         "optimizer": "adamw",
         "options": {"lr": 1e-3},
         "freeze": False,
+        "lora": None,
         "mole": setting.get("mole"),
         "recompute": setting.get("recompute", False),
     }
