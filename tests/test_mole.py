@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mango import Mango, models
+from mango import Mango, codecs, models
 from mango.errors import ConfigError, NonFinite
 from mango.models.gpt import Block, positions
-from mango.mole import MoleConfig, MoleLinear, convert, revert
+from mango.mole import MoleConfig, MoleLinear, convert, pair, revert
 from mango.telemetry import MemoryLedger
 
 EXACT = {"store": "dense", "min_features": 1}
@@ -408,6 +408,50 @@ def test_unbiased_codes_leave_every_gradient_unbiased(kind: str, store: str) -> 
         layer.config = MoleConfig(store=store, hidden="recompute")
     if store == "int2":  # where rounding passes through the activation the bias shows, so the test can see one
         assert worst() > 5.0
+
+
+def test_relu2_and_its_derivative_share_one_code() -> None:
+    """Unbiased, both; less than a third of the variance of codes of two bits each, in no more bytes."""
+    torch.manual_seed(0)
+    r, draws, codec = torch.randn(1000).relu_(), 2000, codecs.get("int2", block=64)  # the last block is short
+    found = [torch.stack(both) for both in zip(*(pair.load(pair.save(r, 64, "mlp")) for _ in range(draws)), strict=True)]
+    for exact, each in zip((r.square(), 2 * r), found, strict=True):
+        axes = torch.stack([exact, exact.sign(), *torch.randn(8, 1000)])
+        errors = (each - exact) @ axes.mT  # (draws, axes)
+        assert float((errors.mean(0) / errors.std(0)).abs().max()) * draws**0.5 < 5.0
+        separate = sum(float((codec.decode(codec.encode(exact)) - exact).square().sum()) for _ in range(50)) / 50
+        assert float((each - exact).square().sum()) / draws < separate / 3
+    assert pair.save(r, 64, "mlp").nbytes == 500 + 2 * 16 < 2 * codec.nbytes((1000,))
+    value, derivative = pair.load(pair.save(torch.zeros(3, 5).bfloat16(), 64, "mlp"))
+    assert value.dtype == torch.bfloat16 and value.shape == (3, 5) and not value.any() and not derivative.any()
+    with pytest.raises(NonFinite, match="the input of mlp holds NaN"):
+        pair.save(torch.tensor([1.0, float("nan")]), 64, "mlp")
+
+
+def test_what_a_norm_keeps_is_read_exactly_and_kept_once() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.first, self.second = nn.RMSNorm(64, elementwise_affine=False), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return self.first(y).sin() + self.second(y)
+
+    model, x = Normed(), torch.randn(5, 64, requires_grad=True)
+    expected = gradients(model, lambda model: model(x).sum())
+    convert(model, MoleConfig(store="int2", targets="all"))
+    close(gradients(model, lambda model: model(x).sum()), expected)
+    ledger = MemoryLedger(model)
+    with ledger.activations():
+        model.norm(x)
+    assert model.first.mole.kept == model.second.mole.kept == 0 and ledger.saved_activations == x.nbytes + 5 * 4
+    model(x.detach())  # no gradient flows into the norm, so it keeps nothing
+    assert model.first.mole.kept > 0
+    shared, y = model.first.mole.shared, model.norm(x)
+    assert shared.kept(y) and not shared.kept(y.clone())
+    y.detach().mul_(2.0)
+    assert not shared.kept(y), "changed in place: not what was kept"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -115,8 +115,8 @@ class Affine(Codec):
             low[first:last], high[first:last] = values.amin(dim=1), values.amax(dim=1)
         flushed = (low.abs() <= TINY) & (high.abs() <= TINY)
         low, high = low.masked_fill_(flushed, 0.0), high.masked_fill_(flushed, 0.0)
-        zeros = _round_bf16(low, up=False)
-        return zeros, _round_bf16((high - zeros) / (2**self.bits - 1), up=True)
+        zeros = round_bf16(low, up=False)
+        return zeros, round_bf16((high - zeros) / (2**self.bits - 1), up=True)
 
     def _as_decoded(self, x: Tensor, v: Tensor, zero: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Position of x between the levels around it as decoded in dtype: lower code + probability of the upper one."""
@@ -126,7 +126,7 @@ class Affine(Codec):
         return x.sub(below).div_(above.sub_(below)).nan_to_num_(nan=0.0).clamp_(0.0, 1.0).add_(lower)
 
 
-def _round_bf16(x: Tensor, up: bool) -> Tensor:
+def round_bf16(x: Tensor, up: bool) -> Tensor:
     """x rounded up or down to a bfloat16 number, as float32."""
     nearest = x.to(torch.bfloat16)
     beyond = torch.full_like(nearest, float("inf") if up else float("-inf"))

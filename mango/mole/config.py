@@ -36,9 +36,11 @@ class MoleConfig:
         exclude: regular expressions; layers in whose names one is found are left alone.
         min_features: layers with fewer inputs are left alone: their inputs are small.
         norms: also convert parameter-free RMS norms next to converted layers, so that they keep their output once instead of a copy of
-            their input in float32.
+            their input in float32; layers that read such an output read it exactly, whatever ``store`` is, and keep nothing of their
+            own (but under autocast, and with a sketch).
         hidden: what a converted MLP keeps of its hidden layer: "codes" of its activation and of the activation's derivatives, in which
-            gradients are linear, so that unbiased codes leave them unbiased; or "recompute": nothing, it is computed again from the code
+            gradients are linear, so that unbiased codes leave them unbiased (one code of four bits for both with relu² and int4 or
+            int2, see mango.mole.pair); or "recompute": nothing, it is computed again from the code
             of the input. Then memory does not grow with the hidden layer, but rounding passes through the activation.
         derivative_store: the store of the activation's derivatives; None = ``store``.
         chunk: tokens that are worked on at a time in a converted MLP and in encoding; None = all.

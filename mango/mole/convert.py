@@ -85,7 +85,7 @@ def convert(model: nn.Module, config: MoleConfig) -> Report:
     for name, module in list(model.named_modules()) if config.norms else ():
         parent = name.rpartition(".")[0]
         if norm.convertible(module) and any(other == parent or other.rpartition(".")[0] == parent for other in report.converted):
-            _replace(model, module, norm.MoleNorm(module))
+            _replace(model, module, norm.MoleNorm(module, shared))
             report.converted[name] = "norm that keeps its output"
     if not report.converted:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(report.skipped.items())[:4])

@@ -31,7 +31,7 @@ class Layer:
         sketch: the basis of the sketch store, else None.
         tracked: the basis of a factored gradient, else None.
         kept, replaced: bytes kept for the layer in the last forward pass, and bytes of the tensors in whose place they are kept. What
-            another layer encoded already counts there.
+            another layer encoded already counts there, and so does what a norm keeps exactly.
         truth: the exact input of the last forward pass, by chunks, where a comparison with the true gradient is due.
         sink: takes rows of diagnostics; see mango.mole.watch.
     """
@@ -63,6 +63,8 @@ class Layer:
             found = [self.sketch.save(part) for part in parts]
             self.count(sum(one.nbytes for one in found), x.numel() * dtype.itemsize)
             return found
+        if x.dtype == dtype and self.shared.kept(x):
+            return [save(part, "dense", config.block, self.name) for part in parts]
         key = (config.store, config.block, config.chunk, dtype)
         known = self.shared.get(x, key)
         if known is not None:

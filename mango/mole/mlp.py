@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from mango.mole import pair
 from mango.mole.activations import hidden
 from mango.mole.layer import Layer, chunks, unflatten
 from mango.mole.linear import adopt, compute_dtype
 from mango.mole.recognise import Pattern
-from mango.mole.stores import load, save
+from mango.mole.stores import Saved, load, save
 
 
 class MoleMLP(nn.Module):
@@ -81,10 +82,7 @@ class _MLP(torch.autograd.Function):
                 if (bias := biases[down]) is not None:
                     into.add_(bias)
                 if config.hidden == "codes":
-                    stores = (config.store, *(config.derivative_store or config.store for _ in partials))
-                    for layer, tensor, store in zip((layers[down], *layers), (value, *partials), stores, strict=False):
-                        place.append(save(tensor, store, config.block, layer.name))
-                        layer.count(place[-1].nbytes, tensor.nbytes)
+                    place += _keep(activation, value, partials, layers)
                 if layers[down].compared:
                     truth.append(value)
         layers[down].remember(truth)
@@ -108,8 +106,9 @@ class _MLP(torch.autograd.Function):
         each = len(saved) // len(chunks(dy, config.chunk))
         into = iter(chunks(dx, config.chunk)) if dx is not None else iter(())
         for number, part in enumerate(chunks(dy, config.chunk)):
-            x, *rest = (load(one) for one in saved[number * each : (number + 1) * each])
-            value, *partials = rest or _flat(_hidden(mlp.pattern.activation, x, weights, biases))
+            first, *rest = saved[number * each : (number + 1) * each]
+            x = load(first)
+            value, *partials = _restore(rest) if rest else _flat(_hidden(mlp.pattern.activation, x, weights, biases))
             gradients[down].add(part, value)
             _sum(sums, down, part, params)
             dvalue = part @ weights[down]  # (tokens, hidden)
@@ -142,8 +141,29 @@ def _hidden(activation: str, x: Tensor, weights: list[Tensor], biases: list[Tens
     return hidden(activation, [functional.linear(x, weight, bias) for weight, bias in zip(weights[:-1], biases[:-1], strict=True)])
 
 
-def _flat(pair: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
-    return [pair[0], *pair[1]]
+def _keep(activation: str, value: Tensor, partials: list[Tensor], layers: list[Layer]) -> list[Saved]:
+    """Codes of the hidden layer and of its derivatives: one for both where the activation has one (see mango.mole.pair)."""
+    config = layers[0].config
+    derivative = config.derivative_store or config.store
+    if activation == "relu2" and config.store == derivative and config.store in ("int4", "int2"):
+        saved = [pair.save(partials[0] * 0.5, config.block, layers[-1].name)]
+        layers[-1].count(saved[0].nbytes, value.nbytes + partials[0].nbytes)
+        return saved
+    saved = []
+    stores = (config.store, *(derivative for _ in partials))
+    for layer, tensor, store in zip((layers[-1], *layers), (value, *partials), stores, strict=False):
+        saved.append(save(tensor, store, config.block, layer.name))
+        layer.count(saved[-1].nbytes, tensor.nbytes)
+    return saved
+
+
+def _restore(saved: list[Saved]) -> list[Tensor]:
+    """The hidden layer and its derivatives."""
+    return [*pair.load(saved[0])] if saved[0].form.kind == pair.KIND else [load(one) for one in saved]
+
+
+def _flat(found: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+    return [found[0], *found[1]]
 
 
 def _sum(sums: list[Tensor | None], place: int, b: Tensor, params: tuple[Tensor | None, ...]) -> None:

@@ -9,23 +9,31 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mango.mole.linear import adopt
+from mango.mole.stores import Shared
 
 
 class MoleNorm(nn.RMSNorm):
     """y = x / rms(x) without a weight, over the last dimension.
 
     The backward pass is a function of the output: dx = (dy - y mean(dy y)) / rms. The output is what is kept, because often it is kept
-    anyway (attention keeps normalised queries and keys), and one number a row. In a 16-bit type gradients differ from torch's by rounding.
+    anyway (attention keeps normalised queries and keys), and one number a row. Converted layers that read the output read that tensor and
+    keep no code of their own. In a 16-bit type gradients differ from torch's by rounding.
+
+    Args:
+        original: the norm it stands for.
+        shared: of the conversion: told that the output is kept.
     """
 
-    def __init__(self, original: nn.RMSNorm) -> None:
+    def __init__(self, original: nn.RMSNorm, shared: Shared) -> None:
         adopt(self, original)
-        self.mole = None
+        self.mole, self.shared = None, shared
 
     def forward(self, x: Tensor) -> Tensor:  # (…, features) -> (…, features)
         if torch.is_autocast_enabled(x.device.type):  # autocast chooses the dtype of a norm by itself
             return super().forward(x)
         y: Tensor = _Norm.apply(x, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        if y.requires_grad:  # then the backward pass keeps it
+            self.shared.keep(y)
         return y
 
 

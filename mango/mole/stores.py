@@ -59,7 +59,8 @@ def codec(store: str, block: int) -> codecs.Codec:
 
 
 class Shared:
-    """Remembers the codes of the last input, so that layers that read the same tensor (queries, keys, values) encode it once.
+    """Remembers the codes of the last input, so that layers that read the same tensor (queries, keys, values) encode it once, and
+    whether a norm before them keeps that tensor anyway.
 
     The input is known by identity and version: one that was changed in place since is encoded again. Nothing is kept alive by being
     remembered: once a backward pass has freed the codes, the same input gets new ones, whose rounding is independent.
@@ -69,6 +70,15 @@ class Shared:
         self._input: weakref.ref[Tensor] | None = None
         self._key: tuple[object, ...] = ()
         self._saved: list[tuple[tuple[weakref.ref[Tensor], ...], Form]] = []
+        self._kept: tuple[weakref.ref[Tensor], int] | None = None
+
+    def keep(self, x: Tensor) -> None:
+        """Told by a layer that x itself, its output, is kept for its own backward pass."""
+        self._kept = (weakref.ref(x), x._version)
+
+    def kept(self, x: Tensor) -> bool:
+        """Whether x is kept as it is anyway, so that a code of it would take memory and lose precision for nothing."""
+        return self._kept is not None and self._kept[0]() is x and self._kept[1] == x._version
 
     def get(self, x: Tensor, key: tuple[object, ...]) -> list[Saved] | None:
         if self._input is None or self._input() is not x or self._key != (x._version, *key):

@@ -1,0 +1,79 @@
+"""relu² and its derivative as one code: the sum of two roundings of one number."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mango.codecs.affine import round_bf16
+from mango.codecs.base import TINY, all_finite, parts
+from mango.codecs.bits import add_uniform, pack
+from mango.errors import NonFinite
+from mango.mole.stores import Form, Saved
+
+BITS = 4
+LEVELS = 7  # above zero: the sums 0 .. 14 take four bits
+KIND = "pair"
+
+
+def save(r: Tensor, block: int, name: str) -> Saved:
+    r"""Keep r = relu(u) so that both :math:`r^2` and :math:`2 r` can be read back without bias. Derived here.
+
+    Let :math:`r_1, r_2` be independent unbiased roundings of r to the two levels around it. Then :math:`E[r_1 r_2] = r^2`, the value of
+    relu², and :math:`E[r_1 + r_2] = 2 r`, its derivative. On levels that are multiples of a step h, the sum :math:`r_1 + r_2 = s h` tells
+    the product too, :math:`r_1 r_2 = h^2 \lfloor s/2 \rfloor \lceil s/2 \rceil`. So s is all that is kept: four bits a value and a step
+    for each block (its largest value over 7, rounded up to bfloat16), where a code of two bits for each of the two has levels more than
+    twice as far apart. With f the place of r between its levels, s is twice the lower one plus a draw of 2 with probability
+    :math:`f^2`, of 1 with :math:`2 f (1 - f)`.
+
+    Gradients are linear in the value and in the derivative, and no gradient holds both, so that they may depend on each other.
+
+    Args:
+        r: (tokens, hidden), not negative.
+        block: values that share a step.
+        name: of the layer, said in the error.
+
+    Raises: NonFinite, naming the layer.
+    """
+    flat = r.detach().reshape(-1)
+    steps = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=r.device)
+    for lo, hi, width, first, last in parts(flat.numel(), block, r.device):
+        steps[first:last] = flat[lo:hi].view(-1, width).amax(dim=1)
+    if not all_finite(steps):
+        raise NonFinite(f"the input of {name} holds NaN, infinity or a value beyond float32")
+    steps = round_bf16(torch.where(steps > TINY, steps, 0.0) / LEVELS, up=True)
+    divisors = torch.where(steps > 0, steps, 1.0)
+    codes = torch.empty(-(-flat.numel() * BITS // 8), dtype=torch.uint8, device=r.device)
+    for lo, hi, width, first, last in parts(flat.numel(), block, r.device):
+        v = flat[lo:hi].to(torch.float32).view(-1, width) / divisors[first:last].unsqueeze(1)
+        lower = v.floor()
+        f = v.sub_(lower)
+        draw = add_uniform(torch.zeros_like(f), None)
+        s = lower.mul_(2.0).add_(draw < f.square()).add_(draw < f.mul(2.0 - f)).clamp_(0, 2 * LEVELS)
+        pack(s.view(-1).to(torch.uint8), BITS, codes[lo * BITS // 8 : -(-hi * BITS // 8)])
+    return Saved((codes, steps.to(torch.bfloat16)), Form(KIND, r.shape, r.dtype, ("codes", "steps"), block))
+
+
+def load(saved: Saved) -> tuple[Tensor, Tensor]:
+    """The value r² and the derivative 2 r, (tokens, hidden) in the dtype of r, each without bias but for rounding to that dtype."""
+    (codes, held), form = saved
+    value, derivative = (torch.empty(form.shape, dtype=form.dtype, device=codes.device) for _ in range(2))
+    steps = held.to(torch.float32)
+    for lo, hi, width, first, last in parts(form.shape.numel(), form.block, codes.device):
+        index, step = codes[lo * BITS // 8 : -(-hi * BITS // 8)].to(torch.int32), steps[first:last].unsqueeze(1)
+        for out, table, scale in zip((value, derivative), _tables(codes.device), (step.square(), step), strict=True):
+            found = table.index_select(0, index).view(torch.float32)[: hi - lo].view(-1, width)
+            out.view(-1)[lo:hi].view(-1, width).copy_(found.mul_(scale))
+    return value, derivative
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each byte, ⌊s/2⌋⌈s/2⌉ and s of its two codes, side by side in one wide element as in mango.codecs.affine."""
+    byte = torch.arange(256, device=device).unsqueeze(1)
+    s = (byte >> torch.tensor([4, 0], device=device)) & 15
+    products = (s // 2) * ((s + 1) // 2)
+    value, derivative = (t.to(torch.float32).contiguous().view(torch.float64).view(-1) for t in (products, s))
+    return value, derivative
