@@ -53,8 +53,8 @@ class MoleConfig:
         sketch_basis: how the basis of "sketch" moves: "scouts", it follows the singular directions of its own gradients; or "random", a
             fresh one every step (CompAct, arXiv:2410.15352).
         residual: what "factored" does with the part of the gradient beyond the top ``rank``: "none", truncates it; "carried", keeps its
-            leading ``residual_rank`` directions as factors and adds them to the next gradient; "unbiased", adds a random sketch of
-            ``residual_rank`` directions whose expectation is that part.
+            leading ``residual_rank`` directions as factors and adds them to the next gradient; "unbiased", adds what lies along
+            ``residual_rank`` random directions beside the basis, scaled so that its expectation is that part.
         residual_rank: as rank.
         energy_target: None, or the share of the gradient's energy in (0, 1) for which directions are kept: the rank used adapts to
             the captured energy, up to ``rank``.

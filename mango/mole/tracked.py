@@ -100,10 +100,11 @@ class Tracked:
             basis, coefficients = basis[:, :keep], coefficients[:keep]
         extra = None
         if config.residual == "unbiased" and basis.shape[1] < self.small:
-            s = columns(config.residual_rank, self.large)
-            directions = orthonormalize(self.draw((self.large, s), 3, device))  # (large, s) Haar: E[Ω Ωᵀ] = s / large
-            missed = g.left(directions) - basis @ (coefficients @ directions)
-            extra = (missed * (self.large / s), directions.mT)
+            rest = self.small - basis.shape[1]
+            s = min(columns(config.residual_rank, self.small), rest)
+            drawn = self.draw((self.small, s), 3, device)
+            directions = orthonormalize(drawn - basis @ (basis.mT @ drawn))  # (small, s) Haar beside P: there E[Ω Ωᵀ] = s / rest
+            extra = (directions * (rest / s), g.right(directions).mT)
         if config.trust_scaling and share is not None:
             coefficients = coefficients / share.sqrt()
         return Factors(basis, coefficients, self.columns, extra), g
