@@ -37,14 +37,19 @@ def draw_kept(runs: RunSet, look: Looks) -> Figure:
 
 
 def own_share(runs: RunSet, name: str) -> float | None:
-    """The recovered gap of a converted model with the same optimizer's unconverted runs as dense; None without these, or a verdict."""
+    """The recovered gap of a converted model with the same optimizer's unconverted runs as dense, over the seeds that it has in common
+    with both controls; None without these, or without a verdict."""
     optimizer, (_, frozen), gap = runs.runs[name][0].config.optimizer, controls(runs), task(runs)
     plain = [other for other in runs.runs if other != frozen and runs.runs[other][0].config.optimizer == optimizer]
     plain = [other for other in plain if not kept_otherwise(runs.runs[other][0])]
     if gap is None or not gap.passed or len(plain) != 1 or group(runs, name) != "mole":
         return None
-    loss, dense = (float(np.mean(list(final_losses(runs, each).values()))) for each in (name, plain[0]))
-    return (gap.frozen - loss) / (gap.frozen - dense)
+    losses = [final_losses(runs, each) for each in (name, plain[0], frozen)]
+    seeds = set.intersection(*map(set, losses))
+    if not seeds:
+        return None
+    loss, dense, without = (float(np.mean([each[seed] for seed in seeds])) for each in losses)
+    return (without - loss) / (without - dense)
 
 
 # ---------------------------------------------------------------- captured energy over depth and time

@@ -314,7 +314,10 @@ def trained(model: nn.Module, steps: int = 200, optimizer: type[torch.optim.Opti
     return sum(losses[-20:]) / 20
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+LONGER = ("tied", "gated", "lora")  # twice two hundred steps each
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONGER else []) for name in FOREIGN])
 def test_a_foreign_gpt_trains_as_it_did(name: str) -> None:
     torch.manual_seed(0)
     model = FOREIGN[name]()

@@ -299,6 +299,8 @@ def test_molegrads_verdicts_follow_the_numbers() -> None:
     undecided = converted(gap_passes=False)
     assert "without a verdict" in undecided.stores() and "without a verdict" in undecided.factored()
     assert "no card was measured" in converted().contexts() and "device reserved" in converted(contexts__measured=True).contexts()
+    assert "keeps less than any of the codes" in converted(contexts__recompute__kept=0.01).contexts()
+    assert "keeps more than" in converted(contexts__recompute__kept=0.99).contexts()
     assert "not looked for" in converted(contexts__cap=None).longest()
 
 

@@ -131,8 +131,18 @@ class Mole(Sentences):
         )
         return (
             f"At depth {val('contexts', 'depth')} and {val('contexts', 'tokens')} tokens, autograd keeps {dense}~MiB for the backward "
-            f"pass of plain training. Of that, these remain: {', '.join(parts)} (\\cref{{fig:nanochat.contexts}}). {how}"
+            f"pass of plain training. Of that, these remain: {', '.join(parts)} (\\cref{{fig:nanochat.contexts}}). {self.recomputed()}{how}"
         )
+
+    def recomputed(self) -> str:
+        """Whether recomputing blocks keeps less than every code: it is not for the codes to hide."""
+        shares = {name: self.get("contexts", name, "kept") for name in self.methods()}
+        whole = shares.pop("recompute", None)
+        if whole is None or not shares:
+            return ""
+        least = min(shares, key=lambda name: shares[name])
+        verdict = "less than any of the codes" if whole < shares[least] else f"more than {self.val('contexts', least, 'label')}"
+        return f"Recomputing whole blocks keeps {verdict}; it takes each block's forward pass a second time. "
 
     def longest(self) -> str:
         val = self.val
