@@ -98,7 +98,7 @@ def plan(
         gpu: a card of ``mango.planner.gpus``.
         seq: tokens a sequence; None takes the model's own. Not for models whose inputs have one size.
         batch: sequences or images in a forward pass.
-        methods: rows, of ``METHODS``; None = all, for images without those that convert linear layers.
+        methods: rows, of ``METHODS``; None = all but those that convert linear layers, which take up to minutes.
         dtype: of weights and gradients: bf16, fp16 or fp32.
         rank: GaLore's and that of Mango's fixed plan, as in LayerPlan.
         reserve: bytes of the card that are left alone, as ``parse_budget`` takes them.
@@ -107,8 +107,8 @@ def plan(
     Raises: ConfigError for a name or number that is not legal. MissingExtra for a model whose library is absent.
     """
     card, found = gpus.find(gpu), target(model)
-    # a convolutional network has no linear layer to convert; who names such a row is told so
-    usual = [name for name, each in METHODS.items() if each.store is None or found.axis == "sequence"]
+    # converted layers are followed one by one, minutes for a model of billions of parameters
+    usual = [name for name, each in METHODS.items() if each.store is None]
     chosen = {name: method(name) for name in (usual if methods is None else methods)}
     if dtype not in DTYPES:
         raise ConfigError.of("dtype", dtype, "one of " + ", ".join(DTYPES))

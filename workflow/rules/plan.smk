@@ -1,10 +1,6 @@
 """Memory of a model that is not trained here, computed on the meta device: what fits on a card. One job a card; the paper's table marks it so."""
 
-from mango.planner.methods import METHODS
-
 PLANNED = {"model": "llama-7b", "gpus": ["rtx4090", "rtx5090"], "seq": 1024}
-# Following a converted model takes most of a minute: tier smoke leaves these rows out.
-PLANNED_METHODS = [name for name, each in METHODS.items() if TIER != "smoke" or each.store is None]
 PLANS = expand(f"{RESULTS}/plan/{PLANNED['model']}-{{gpu}}.json", gpu=PLANNED["gpus"])
 
 
@@ -25,9 +21,8 @@ rule plan:
     params:
         code=jobs.planner_code(),
         seq=PLANNED["seq"],
-        methods=" ".join(f"--method {name}" for name in PLANNED_METHODS),
     message:
         "Computing what {wildcards.model} needs on {wildcards.gpu}"
     shell:
-        "OMP_NUM_THREADS={threads} python -m mango.cli plan --model {wildcards.model} --gpu {wildcards.gpu} --seq {params.seq} {params.methods}"
-        " --json > {output} 2> {log}"
+        "OMP_NUM_THREADS={threads} python -m mango.cli plan --model {wildcards.model} --gpu {wildcards.gpu} --seq {params.seq} --json"
+        " > {output} 2> {log}"
