@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", default="rtx5090", metavar="NAME", help="rtx3090, rtx4090, rtx5090, a100-40, a100-80, h100 or h200")
     plan.add_argument("--seq", type=int, metavar="N", help="tokens a sequence (default: the model's own)")
     plan.add_argument("--batch", type=int, default=1, metavar="N", help="sequences or images in a forward pass (default 1)")
-    plan.add_argument("--method", action="append", metavar="NAME", help="a row of the table; may be given again (default: all but +int4 and +int2)")
+    plan.add_argument("--method", action="append", metavar="NAME", help="a row of the table; repeatable (default: all but +int4 and +int2)")
     plan.add_argument("--dtype", default="bf16", metavar="NAME", help="of weights and gradients: bf16, fp16 or fp32")
     plan.add_argument("--rank", default="0.125", metavar="R", help="GaLore's and Mango's: an integer or a fraction (default 0.125)")
     plan.add_argument("--reserve", metavar="BYTES", help="memory of the card that is left alone, e.g. 2GiB")
