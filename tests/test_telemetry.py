@@ -416,7 +416,7 @@ def test_an_error_inside_the_block_stops_the_thread_too(tmp_path: Path, monkeypa
 def test_sampling_takes_less_than_a_hundredth_of_five_millisecond_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the default ten samples a second: the processor time of the sampling thread, which is all that it can take from the steps.
 
-    nvidia-smi itself runs beside them, on a core of its own. Processor time does not depend on what else the machine does.
+    nvidia-smi itself runs beside them, on a core of its own.
     """
     stand_in(tmp_path, "echo 100.0", monkeypatch)
     with PowerSampler(source="nvidia-smi") as sampler:
