@@ -95,6 +95,7 @@ class NvidiaSmi:
         except TimeoutError:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
+            _until_closed(reading, time.monotonic() + TIMEOUT)  # its children are gone too
             raise
         finally:
             os.close(reading)
