@@ -24,6 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIER = "smoke"
 CODES: dict[str, object] = {"targets": "all", "exclude": ["head"]}
+CONTROLS = {
+    "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
+    "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+}
 SETTINGS = {
     "tier": TIER,
     "experiments": {
@@ -35,8 +39,7 @@ SETTINGS = {
             "train": {"steps": 4, "batch": 20, "eval_every": 2, "log_every": 1},
             "controls": {"dense": "adamw", "frozen": "frozen"},
             "variants": {
-                "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
-                "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                **CONTROLS,
                 "adafactor": {"label": "Adafactor", "optimizer": "adafactor", "options": {"lr": 1e-2}, "seeds": [0]},
                 "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}, "seeds": [0]},
                 "mango-no-scouts": {
@@ -56,8 +59,7 @@ SETTINGS = {
             "train": {"steps": 4, "batch": 8, "eval_every": 2, "log_every": 1, "sample": 8},
             "controls": {"dense": "adamw", "frozen": "frozen"},
             "variants": {
-                "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
-                "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                **CONTROLS,
                 "recompute": {"label": "Recomputed", "optimizer": "adamw", "options": {"lr": 3e-3}, "recompute": True, "seeds": [0]},
                 "muon": {"label": "Muon", "optimizer": "muon", "options": {"lr": 3e-2}, "seeds": [0]},
                 "int2": {"label": "int2", "optimizer": "adamw", "options": {"lr": 3e-3}, "mole": {**CODES, "store": "int2"}, "seeds": [0]},
@@ -94,8 +96,7 @@ SETTINGS = {
             "train": {"steps": 4, "batch": 8, "eval_every": 2, "log_every": 1},
             "controls": {"dense": "adamw", "frozen": "frozen"},
             "variants": {
-                "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
-                "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                **CONTROLS,
                 "muon": {"label": "Muon (dense)", "optimizer": "muon", "options": {"lr": 3e-2}, "seeds": [0]},
                 "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}, "seeds": [0]},
                 "mango-noerror": {
@@ -132,8 +133,7 @@ SETTINGS = {
                 "train": {"steps": 2, "batch": 10, "eval_every": 2, "log_every": 1},
                 "controls": {"dense": "adamw", "frozen": "frozen"},
                 "variants": {
-                    "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
-                    "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                    **CONTROLS,
                     "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}, "seeds": [0]},
                 },
             }
@@ -151,8 +151,7 @@ SETTINGS = {
             "train": {"steps": 2, "batch": 4, "eval_every": 2, "log_every": 1},
             "controls": {"dense": "adamw", "frozen": "frozen"},
             "variants": {
-                "adamw": {"label": "AdamW (dense)", "optimizer": "adamw", "options": {"lr": 3e-3}},
-                "frozen": {"label": "Frozen", "optimizer": "adamw", "options": {"lr": 3e-3}, "freeze": True},
+                **CONTROLS,
                 "mango": {"label": "Mango, rank 1/8", "optimizer": "mango", "options": {"lr": 3e-3}},
             },
         },

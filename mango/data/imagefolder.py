@@ -175,17 +175,18 @@ class _Part(ImageSource):
     """Some classes of a tree at one size."""
 
     folder = Tree.folder
+    classes: list[str]
 
     def __init__(self, tree: Tree, classes: list[str], size: int, corrupt: str) -> None:
         self.tree, self.classes, self.size, self.corrupt, self.title = tree, classes, size, corrupt, tree.title
 
     def key(self) -> str:
-        chosen = hashlib.sha256("\n".join(self.classes or []).encode()).hexdigest()[:8]
+        chosen = hashlib.sha256("\n".join(self.classes).encode()).hexdigest()[:8]
         return f"{self.tree.key()}-{chosen}-{self.size}"
 
     def items(self) -> list[Item]:
         """Those of the chosen classes, and what is damaged beyond knowing its class."""
-        chosen = set(self.classes or [])
+        chosen = set(self.classes)
         return [item for item in self.tree.items if item.label in chosen or item.damage is not None]
 
     def records(self) -> Iterator[Record]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mango.errors import ConfigError, NonFinite
 from mango.mole.factors import Factors, take
-from mango.optim.adamw import adamw
+from mango.optim.adamw import step_group
 from mango.optim.base import KeepsTypes, loss_of
 from mango.optim.guard import Guard
 from mango.subspace import rotation
@@ -94,31 +94,10 @@ class MoleOptimizer(KeepsTypes):
             grads = self._guard.admit([param.grad.detach() for param, _ in dense if param.grad is not None], [name for _, name in dense])
             work.append((group, [param for param, _ in dense], grads, factored))
         for group, params, grads, factored in work:
-            self._step_dense(group, params, grads)
+            step_group(group, params, grads, self.state)
             for param, factors, _ in factored:
                 self._step_factored(group, param, factors)
         return loss
-
-    def _step_dense(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        for param in params:
-            state = self.state[param]
-            if "exp_avg_sq" not in state:
-                zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-                state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
-            state["step"] += 1
-        states = [self.state[param] for param in params]
-        adamw(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=False,
-        )
 
     def _step_factored(self, group: dict[str, Any], param: Tensor, factors: Factors) -> None:
         state, (beta1, beta2), u = self.state[param], group["betas"], factors.coefficients  # (k, n)

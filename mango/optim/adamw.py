@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def step_group(
+    group: Mapping[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor], states: MutableMapping[Tensor, dict[str, Any]]
+) -> None:
+    """One step of parameters with a group's options; their states are made when they are new."""
+    for param in params:
+        state = states[param]
+        if "exp_avg_sq" not in state:
+            zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
+        state["step"] += 1
+    held = [states[param] for param in params]
+    adamw(
+        params,
+        grads,
+        [state["exp_avg"] for state in held],
+        [state["exp_avg_sq"] for state in held],
+        [state["step"] for state in held],
+        lr=float(group["lr"]),
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        maximize=group.get("maximize", False),
+    )
 
 
 def adamw(

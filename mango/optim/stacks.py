@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mango.optim.adamw import adamw
+from mango.optim.adamw import step_group
 from mango.optim.layers import Hyper, LayerStack, Workspace
 from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
 
@@ -70,35 +70,12 @@ class Stacks:
                 large.setdefault((id(place.group), place.plan, param.shape, param.dtype, param.device, step), []).append(item)
         found: dict[str, dict[str, float]] = {}
         for same in small.values():
-            self._step_small(same, states)
+            step_group(same[0].place.group, [item.param for item in same], [item.grad for item in same], states)
         for same in large.values():
             layers = max(1, STACK_VALUES // same[0].param.numel())
             for first in range(0, len(same), layers):
                 found |= self._step_stack(same[first : first + layers], states, watching)
         return found
-
-    @staticmethod
-    def _step_small(items: list[Item], states: State) -> None:
-        group, params = items[0].place.group, [item.param for item in items]
-        for param in params:
-            state = states[param]
-            if not state:
-                zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-                state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
-            state["step"] += 1
-        held = [states[param] for param in params]
-        adamw(
-            params,
-            [item.grad for item in items],
-            [state["exp_avg"] for state in held],
-            [state["exp_avg_sq"] for state in held],
-            [state["step"] for state in held],
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-        )
 
     def _step_stack(self, items: list[Item], states: State, watching: bool) -> dict[str, dict[str, float]]:
         group, params = items[0].place.group, [item.param for item in items]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -86,7 +87,7 @@ class Observation:
 
 
 @dataclass(eq=False)
-class Policy:
+class Policy(ABC):
     """Scores every action of every layer; the choice within the budget is the same for all policies.
 
     A policy looks at what happened before the step that it decides about, so T7 (1) holds with ``alpha_min``.
@@ -99,9 +100,9 @@ class Policy:
 
     actions: Actions = field(default_factory=Actions, kw_only=True)
 
+    @abstractmethod
     def scores(self, seen: Observation) -> Tensor:
         """(n, A) preferences, larger is better; what the mask forbids is never taken."""
-        raise NotImplementedError
 
     def decide(self, seen: Observation) -> list[int]:
         """An action for each layer, within the budget. Raises: ConfigError when the smallest plans exceed it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -95,9 +96,9 @@ class LearnedPolicy(nn.Module, Policy):
             nn.init.zeros_(head.bias)
         self.register_buffer("table", torch.tensor(self.actions.table), persistent=False)
 
+    @abstractmethod
     def mix(self, tokens: Tensor, present: Tensor) -> Tensor:
         """(b, 1 + n, width) -> the same; the run's token is the first."""
-        raise NotImplementedError
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Scores (b, n, A) and values (b,)."""
@@ -155,15 +156,18 @@ class TinyFormer(LearnedPolicy):
         mask = None if bool(present.all()) else present[:, None, None, :]  # nobody looks at padding
         for _ in range(self.depth):
             query, key, value = self._split(tokens)
-            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            tokens = tokens + self.out(mixed.transpose(1, 2).flatten(2))
-            tokens = tokens + self.down(functional.gelu(self.up(self.norm2(tokens))))
+            tokens = self._after(tokens, functional.scaled_dot_product_attention(query, key, value, attn_mask=mask))
         return self.norm3(tokens)
 
     def _split(self, tokens: Tensor) -> list[Tensor]:
         """Queries, keys and values, (b, heads, 1 + n, width / heads) each."""
         parts = self.qkv(self.norm1(tokens)).chunk(3, dim=-1)
         return [part.unflatten(-1, (self.count, -1)).transpose(1, 2) for part in parts]
+
+    def _after(self, tokens: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of the block, behind its attention (b, heads, 1 + n, width / heads)."""
+        tokens = tokens + self.out(mixed.transpose(1, 2).flatten(2))
+        return tokens + self.down(functional.gelu(self.up(self.norm2(tokens))))
 
     @torch.no_grad()
     def attention(self, seen: Observation) -> Tensor:
@@ -175,8 +179,7 @@ class TinyFormer(LearnedPolicy):
             query, key, value = self._split(tokens)
             weights = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
             found.append(weights.mean(1)[0])
-            tokens = tokens + self.out((weights @ value).transpose(1, 2).flatten(2))
-            tokens = tokens + self.down(functional.gelu(self.up(self.norm2(tokens))))
+            tokens = self._after(tokens, weights @ value)
         return torch.stack(found)
 
 
