@@ -33,6 +33,8 @@ class MemoryLedger:
 
     Attributes:
         saved_activations: bytes, the peak over all ``activations()`` blocks so far.
+        peak_gradients: bytes, the most gradients that were alive at one time in those blocks: where each is freed once it is used
+            (``fuse_backward``), that of one parameter.
         saved_by_layer: module -> bytes, the peak of what was first saved in its own forward pass, not that of a module inside it.
         rows: one for each ``step()``, see ``categories``.
         seconds: that the ledger itself has taken.
@@ -41,7 +43,7 @@ class MemoryLedger:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model, self.optimizer = model, optimizer
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.saved_activations = 0
+        self.saved_activations = self.peak_gradients = 0
         self.saved_by_layer: dict[str, int] = {}
         self.rows: list[Row] = []
         self.seconds = 0.0
@@ -100,7 +102,13 @@ class MemoryLedger:
         def leave(*_: object) -> None:  # a value would replace the module's output
             self._inside.pop()
 
+        def arrive(grad: Tensor | None, parameter: nn.Parameter) -> None:
+            new = grad.nbytes if grad is not None and parameter.grad is None else 0  # else there is none, or it is added to what is there
+            self.peak_gradients = max(self.peak_gradients, self.gradients() + new)
+
         with ExitStack() as stack:
+            for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
+                stack.callback(parameter.register_hook(lambda grad, parameter=parameter: arrive(grad, parameter)).remove)
             for name, module in self.model.named_modules():
                 stack.callback(module.register_forward_pre_hook(lambda *_, name=name: self._inside.append(name)).remove)
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)
@@ -108,6 +116,7 @@ class MemoryLedger:
             stack.enter_context(hooks)
             self.seconds += time.perf_counter() - begin
             yield
+            self.peak_gradients = max(self.peak_gradients, self.gradients())  # gradients that were not autograd's to accumulate
 
     @contextmanager
     def step(self) -> Iterator[None]:

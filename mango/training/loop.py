@@ -197,7 +197,7 @@ class _Trainer:
             loss, logits = self._loss(self.model, inputs, targets)
             loss.backward()
         if first:
-            counters.gradients, counters.saved_activations = self._gradients(), self.ledger.saved_activations
+            counters.gradients, counters.saved_activations = self.ledger.peak_gradients, self.ledger.saved_activations
         if settings.clip is not None:
             nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], settings.clip)
         answers = targets.argmax(-1) if targets.is_floating_point() else targets
@@ -228,12 +228,6 @@ class _Trainer:
             self.plans, now = plans, plan_of(self.optimizer)
             if now and now[0]["layers"] != self.counters.plan[-1]["layers"]:
                 self.counters.plan.append({"step": self.counters.step, "layers": now[0]["layers"]})
-
-    def _gradients(self) -> int:
-        """Bytes of gradients that a step holds at its peak: all of them, or the largest where each is freed as soon as it is stepped."""
-        if self.config.options.get("fuse_backward"):
-            return max(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        return self.ledger.gradients()
 
     def _settle(self) -> None:
         """Read the losses of the last steps: at every step on a CPU, seldom on an accelerator, where each reading waits for the device."""
