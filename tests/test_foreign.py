@@ -23,8 +23,8 @@ def test_mango_with_its_defaults_reaches_the_loss_of_adamw(name: str) -> None:
     assert ours <= 1.02 * theirs
 
 
-# May fall short, and so fail here: the residual network, whose noisy gradients the kept error remembers for too long (with error="none" or
-# a decayed error it is ahead of AdamW; on cifar10 and language the undecayed error is better), and the bag, an embedding of rare words.
+# May fall short, and so fail here: the bag, an embedding of rare words, with or without a kept error. The residual network did until the
+# error faded (plan.error_decay): an undecayed one remembers its noisy gradients for too long.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_mango_reaches_the_loss_of_adamw_on_every_kind_of_model(name: str) -> None:

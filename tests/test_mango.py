@@ -45,7 +45,7 @@ class Reference:
     def step(self, grad: Tensor, seed: tuple[int, ...]) -> None:
         self.t += 1
         flip = self.w.shape[0] > self.w.shape[1]
-        h = grad.double() + self.error
+        h = grad.double() + self.plan.error_decay * self.error
         h = h.T if flip else h
         m, n = h.shape
         rank = self.plan.columns(m, n)
@@ -145,10 +145,11 @@ def test_full_rank_is_adam_in_a_rotated_basis() -> None:
     assert found["certified"] == 1.0 and abs(found["energy"] - 1) < 1e-5 and found["error_ratio"] < 1e-4
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.75])
 @pytest.mark.parametrize("kind", ["gradient", "codec"])
-def test_the_telescoped_sum_of_what_was_used(kind: str) -> None:
-    # sum C(H) = sum G - E_T in exact arithmetic; a codec loses what it rounds away at each step, and no more
-    plan = replace(EXACT, rank=6, error=kind, error_codec="int8")
+def test_the_telescoped_sum_of_what_was_used(kind: str, decay: float) -> None:
+    # sum C(H) = sum G - E_T in exact arithmetic; a codec loses what it rounds away at each step, and no more; decay, that share of it
+    plan = replace(EXACT, rank=6, error=kind, error_codec="int8", error_decay=decay)
     param = matrix(64, 128)
     optimizer = Mango([("w", param)], plan=plan)
     optimizer.observe()
@@ -157,10 +158,10 @@ def test_the_telescoped_sum_of_what_was_used(kind: str) -> None:
     for step in range(10):
         grad = gaussian((64, 128), (3, step))
         push(optimizer, [(param, grad)])
-        h = grad + error
+        h = grad + decay * error
         basis = optimizer.state[param]["basis.values"].view(64, 6)
         sent = basis @ (basis.T @ h)
-        total, used = total + grad, used + sent
+        total, used = total + grad - (1.0 - decay) * error, used + sent
         stack = optimizer._stacks.of[param]
         assert stack.error.store is not None
         error = stack.error.store.read()[0]
@@ -443,6 +444,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ({"scouts": -1}, r"plan.scouts = -1 is not legal: an integer >= 0"),
         ({"moment_codec": "int7"}, r"plan.moment_codec = 'int7' is not legal: one of bf16, fp32"),
         ({"error": "grad"}, r"plan.error = 'grad' is not legal: one of none, gradient, codec"),
+        ({"error_decay": 0.0}, r"plan.error_decay = 0.0 is not legal: a number in \(0, 1\]; for no error, error = none"),
         ({"residual": 1}, r"plan.residual = 1 is not legal: true or false"),
     ],
 )
@@ -514,6 +516,7 @@ def test_error_buffer_kinds() -> None:
         buffer.keep(out)
         expected = torch.stack(grads) * (-1 if kind == "none" else 0)
         assert torch.allclose(buffer.compensate(grads, out, -1.0), expected, atol=1e-6)
+        assert torch.allclose(buffer.compensate(grads, out, -1.0, 0.75), expected - 0.25 * torch.stack(grads) * (kind != "none"), atol=1e-6)
     with pytest.raises(ConfigError, match=r"error = 'sometimes' is not legal: one of none, gradient, codec"):
         ErrorBuffer("sometimes", "nf4", 1, (4, 4), device)
 

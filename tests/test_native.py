@@ -108,8 +108,9 @@ def test_a_step_of_mango_is_the_same_but_for_the_order_of_sums(error: str, matmu
 def test_the_error_is_decoded_and_added_with_the_bits_of_two_passes() -> None:
     buffer = ErrorBuffer("codec", "nf4", 2, (48, 64), CPU)
     buffer.keep(gaussian((2, 48, 64), (1,)))
-    for sign in (1.0, -1.0):
-        mine, twin = both(lambda sign=sign: buffer.compensate(list(gaussian((2, 48, 64), (2,))), torch.empty(2, 48, 64), sign))
+    for sign, decay in ((1.0, 1.0), (-1.0, 1.0), (1.0, 0.9)):
+        given = (list(gaussian((2, 48, 64), (2,))), torch.empty(2, 48, 64), sign, decay)
+        mine, twin = both(lambda given=given: buffer.compensate(*given).clone())
         assert same(mine, twin)
 
 

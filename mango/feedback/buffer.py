@@ -1,6 +1,9 @@
 """Error feedback's memory: what compression left out of a gradient, kept for the next step.
 
-H_t = G_t + E_{t-1},  the step uses C(H_t),  E_t = H_t - C(H_t)   (Seide et al. 2014; Karimireddy et al., arXiv:1901.09847).
+H_t = G_t + b E_{t-1},  the step uses C(H_t),  E_t = H_t - C(H_t)   (b = 1: Seide et al. 2014; Karimireddy et al., arXiv:1901.09847).
+
+With b < 1 an error fades by that factor a step: E is then a running sum over about 1 / (1 - b) gradients of what C missed, as momentum is
+of gradients, and no longer everything that was never sent.
 """
 
 from __future__ import annotations
@@ -39,8 +42,11 @@ class ErrorBuffer:
             raise ConfigError.of("error", kind, "one of " + ", ".join(KINDS))
         self.store = None if kind == "none" else Stacked("fp32" if kind == "gradient" else codec, layers, shape, device)
 
-    def compensate(self, gradients: Sequence[Tensor], out: Tensor, sign: float = 1.0) -> Tensor:
-        """H = sign * G + E, written into ``out``: (layers, *shape) float32, contiguous. A gradient may have any shape of the same size."""
+    def compensate(self, gradients: Sequence[Tensor], out: Tensor, sign: float = 1.0, decay: float = 1.0) -> Tensor:
+        """H = sign * G + decay * E, written into ``out``: (layers, *shape) float32, contiguous.
+
+        A gradient may have any shape of the same size.
+        """
         rows = [row.view(gradient.shape) for row, gradient in zip(out.unbind(0), gradients, strict=True)]
         if self.store is None:
             torch._foreach_copy_(rows, list(gradients))
@@ -49,11 +55,13 @@ class ErrorBuffer:
         if loop is not None and all(gradient.dtype == torch.float32 and gradient.is_contiguous() for gradient in gradients):
             codec, stored = self.store.codec, self.store.parts()
             for row, gradient, codes, scales in zip(rows, gradients, stored["codes"], stored["scales"], strict=True):
-                arrays = (gradient.detach().view(-1).numpy(), np.float32(sign), row.view(-1).numpy())
+                arrays = (gradient.detach().view(-1).numpy(), np.float32(sign), row.view(-1).numpy(), np.float32(decay))
                 blocks = (self.store.numel // codec.block, codec.block)
                 run(loop, *blocks, codes.numpy(), scales.numpy(), codec.block, codec.level_array(), *arrays)
             return out
         self.store.read(out)
+        if decay != 1.0:
+            out.mul_(decay)
         torch._foreach_add_(rows, list(gradients), alpha=sign)
         return out
 

@@ -18,8 +18,10 @@ BAND = 64  # rows whose columns are summed together
 
 
 @compiled
-def compensate(first: int, last: int, codes: Array, scales: Array, block: int, pairs: Array, g: Array, sign: float, out: Array) -> None:
-    """out = decode(codes) + sign * g, blocks ``first`` to ``last``. g, out: (n,) float32, whole blocks; see ``decode_nibbles``."""
+def compensate(
+    first: int, last: int, codes: Array, scales: Array, block: int, pairs: Array, g: Array, sign: float, out: Array, decay: float
+) -> None:
+    """out = decay * decode(codes) + sign * g, blocks ``first`` to ``last``. g, out: (n,) float32, whole blocks; see ``decode_nibbles``."""
     wide = np.empty(block // 2, np.float64)
     level = wide.view(np.float32)
     for b in range(first, last):
@@ -29,7 +31,7 @@ def compensate(first: int, last: int, codes: Array, scales: Array, block: int, p
         for k in range(found.size):
             wide[k] = pairs[found[k]]
         for i in range(values.size):
-            values[i] = level[i] * scale + sign * grads[i]
+            values[i] = level[i] * scale * decay + sign * grads[i]
 
 
 @compiled

@@ -188,12 +188,13 @@ class LayerStack:
         return found
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor:
-        """H = G + E (layers, rows, cols) float32; the gradient itself where it needs neither error, nor sign, stacking or conversion."""
+        """H = G + b E (layers, rows, cols) float32; the gradient itself where it needs neither error, nor sign, stacking or conversion."""
         shape = (self.layers, self.rows, self.cols)
         alone = self.layers == 1 and grads[0].dtype == torch.float32 and grads[0].is_contiguous()
         if self.error.store is None and alone and not hyper.maximize:
             return grads[0].view(shape)
-        return self.error.compensate(grads, workspace.take("h", shape, torch.float32), -1.0 if hyper.maximize else 1.0)
+        sign = -1.0 if hyper.maximize else 1.0
+        return self.error.compensate(grads, workspace.take("h", shape, torch.float32), sign, self.plan.error_decay)
 
     def _halves(self, hyper: Hyper) -> bool:
         """Whether products are taken in bfloat16."""

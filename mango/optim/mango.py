@@ -34,7 +34,7 @@ class Mango(Planned):
     Each matrix G (m, n), m <= n after folding (out, rest) and transposing where needed, is stepped as
 
     .. math::
-        H &= G + E                                  && \text{gradient and kept error} \\
+        H &= G + b E                                && \text{gradient and kept error, fading by } b \\
         P &= \mathrm{orth}(H H^\top [P', S])         && \text{one warm power step, } S \text{ fresh Gaussian scouts} \\
         U &= P^\top H, \quad R = P^\top P'          && (r, n), (r, r) \\
         M &= \beta_1 R M + (1-\beta_1) U, \quad

@@ -56,6 +56,9 @@ class LayerPlan:
         moment_codec: how the moments of U are kept: the first as it is, the second as its square root.
         error: "codec", "gradient" or "none": where the part of H that the basis missed is kept (see mango.feedback.buffer).
         error_codec: the codec for ``error="codec"``.
+        error_decay: in (0, 1], what the kept error is multiplied by before it is added to the next gradient. 1 is error feedback as its
+            theory has it. 0.9, the decay of Adam's first moment, gives what the basis misses the memory that momentum gives the rest: a
+            longer one is stale where gradients are noisy, as a residual network's on small batches.
         residual: also step along the part of H that the basis missed.
         scaling: how that part is scaled: "factored", divided by the roots of the mean squares of its rows and columns (Adafactor), or
             "column", by the adaptive part's length in each column (Fira), which needs no state and, without error, one product less.
@@ -69,6 +72,7 @@ class LayerPlan:
     moment_codec: str = "int8"
     error: str = "codec"
     error_codec: str = "nf4"
+    error_decay: float = 0.9
     residual: bool = True
     scaling: str = "factored"
 
@@ -87,6 +91,8 @@ class LayerPlan:
                 raise ConfigError.of(f"plan.{name}", value, "one of " + ", ".join(sorted(codecs.REGISTRY)))
         if self.error not in KINDS:
             raise ConfigError.of("plan.error", self.error, "one of " + ", ".join(KINDS))
+        if isinstance(self.error_decay, bool) or not isinstance(self.error_decay, int | float) or not 0.0 < self.error_decay <= 1.0:
+            raise ConfigError.of("plan.error_decay", self.error_decay, "a number in (0, 1]; for no error, error = none")
         if not isinstance(self.residual, bool):
             raise ConfigError.of("plan.residual", self.residual, "true or false")
         if self.scaling not in SCALINGS:

@@ -63,13 +63,13 @@ def quality(name: str, shape: Shape, plan: LayerPlan) -> float:
     for an (m, n) layer, m <= n. :math:`s_r` is the share of the energy that r directions capture when that of the i-th falls as 1/i: a
     prior, not a measurement. It is never below the certified share of r columns (theorem T3, at most r/m). What is missed is offered
     again one step later as far as the memory kept it, which makes the sum geometric; a step of delay costs the factor
-    :math:`\gamma`. The alphas are the codecs' certificates (T1) for basis, factor, moments and error; without error feedback
-    :math:`\alpha_E = 0`. Replace it by a ``score`` of your own where captured energies have been measured.
+    :math:`\gamma`. The alphas are the codecs' certificates (T1) for basis, factor, moments and error, the last times the error's decay;
+    without error feedback :math:`\alpha_E = 0`. Replace it by a ``score`` of your own where captured energies have been measured.
     """
     rows, cols = matrix_shape(shape)
     share = _harmonic(plan.columns(rows, cols, name)) / _harmonic(min(rows, cols))
     used = _alpha(plan.basis_codec) * _alpha(plan.moment_codec) * (_alpha(plan.factor_codec) if plan.factor_codec else 1.0)
-    kept = {"none": 0.0, "gradient": 1.0, "codec": _alpha(plan.error_codec)}[plan.error]
+    kept = plan.error_decay * {"none": 0.0, "gradient": 1.0, "codec": _alpha(plan.error_codec)}[plan.error]
     return prod(shape) * share * used / (1.0 - DELAYED * (1.0 - share) * kept)
 
 
