@@ -302,8 +302,30 @@ def test_growth_that_is_no_polynomial_is_traced_size_by_size() -> None:
     assert not growth.exact
     assert growth.at(100).activations == measure(100).activations
     limit = measure(480).peak()
-    assert growth.longest(lambda found: found.peak() <= limit) == 480
-    assert growth.longest(lambda found: False) == 0
+    assert growth.longest(Trace.peak, limit) == 480
+    assert growth.longest(Trace.peak, -1) == 0
+
+
+def test_a_model_that_works_in_chunks_is_not_extrapolated_from_short_inputs() -> None:
+    """Our GPT's head makes 1024 tokens' logits at a time: from there on its workspace stops growing."""
+    module = GPT(5000, depth=1, width=64, heads=2)
+
+    def loss(model: Any, batch: int, size: int, dtype: torch.dtype) -> Tensor:
+        tokens = torch.empty(batch, size, dtype=torch.long, device="meta")
+        return model(tokens, targets=tokens)
+
+    with torch.device("meta"):
+        target = Target("streamed", module.to("meta"), loss)
+
+    def row(seq: int) -> Any:
+        reserve = GPUS["rtx3090"].nbytes - 120 * 2**20
+        return plan(target, "rtx3090", seq=seq, dtype="fp32", methods=["adamw"], reserve=reserve).rows[0]
+
+    short, long = row(1024), row(8192)
+    direct = trace(module, lambda model: loss(model, 1, 8192, torch.float32), torch.float32)
+    assert long.workspace == direct.temporary() < 1.5 * short.workspace
+    assert long.peak == long.weights + long.state + direct.peak()
+    assert row(long.longest).fits and not row(long.longest + long.longest // 1000 + 1).fits
 
 
 # ---------------------------------------------------------------- reports
@@ -427,10 +449,10 @@ def test_every_card_leaves_the_reserve() -> None:
 
 
 def test_the_command_prints_a_table_json_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", "--model", "d1", "--gpu", "rtx4090", "--seq", "64", "--batch", "2"]
+    arguments = ["plan", "--model", "llama-micro", "--gpu", "rtx4090", "--seq", "64", "--batch", "2"]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert all((name in out) == (each.store is None) for name, each in methods.METHODS.items()) and "longest context" in out
+    assert all((name in out) == (each.mole is None) for name, each in methods.METHODS.items()) and "longest context" in out
     figure = tmp_path / "plan.pdf"
     assert cli.main([*arguments, "--json", "--method", "mango-budget", "--method", "adamw", "--figure", str(figure)]) == 0
     report = json.loads(capsys.readouterr().out)

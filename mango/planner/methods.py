@@ -39,16 +39,17 @@ class Method:
         fused: the optimizer steps each parameter in the backward pass and frees its gradient.
         dtype: of weights and gradients; None takes the plan's.
         budget: Mango's plans are chosen to fill the card (``mango.policy.Budget``).
-        store: linear layers inside the model are converted (``mango.mole``) and keep their inputs as such codes; None = as autograd does.
+        mole: fields of the MoleConfig by which the linear layers inside the model are converted; None = they stay as they are.
     """
 
     optimizer: str
     fused: bool = False
     dtype: torch.dtype | None = None
     budget: bool = False
-    store: str | None = None
+    mole: Mapping[str, str | int] | None = None
 
 
+CHUNK = {"chunk": 16384}  # tokens that a converted layer works on at a time: what it needs meanwhile stops growing there
 METHODS = {
     "adamw-fp32": Method("adamw", dtype=torch.float32),
     "adamw": Method("adamw"),
@@ -60,8 +61,9 @@ METHODS = {
     "adamw8bit+fused": Method("adamw8bit", fused=True),
     "galore+fused": Method("galore", fused=True),
     "mango+fused": Method("mango", fused=True),
-    "mango+fused+int4": Method("mango", fused=True, store="int4"),
-    "mango+fused+int2": Method("mango", fused=True, store="int2"),
+    "mango+fused+int4": Method("mango", fused=True, mole={"store": "int4", **CHUNK}),
+    "mango+fused+int2": Method("mango", fused=True, mole={"store": "int2", **CHUNK}),
+    "mango+fused+int2-hidden": Method("mango", fused=True, mole={"store": "int2", "hidden": "recompute", **CHUNK}),
     "mango-budget": Method("mango", fused=True, budget=True),
 }
 

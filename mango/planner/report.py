@@ -108,7 +108,7 @@ def plan(
     """
     card, found = gpus.find(gpu), target(model)
     # converted layers are followed one by one, minutes for a model of billions of parameters
-    usual = [name for name, each in METHODS.items() if each.store is None]
+    usual = [name for name, each in METHODS.items() if each.mole is None]
     chosen = {name: method(name) for name in (usual if methods is None else methods)}
     if dtype not in DTYPES:
         raise ConfigError.of("dtype", dtype, "one of " + ", ".join(DTYPES))
@@ -145,37 +145,38 @@ class _Planner:
     def __init__(self, found: Target, usable: int, seq: int, batch: int, rank: int | float, progress: Callable[[str], None]) -> None:
         self.target, self.usable, self.seq, self.batch, self.rank, self.progress = found, usable, seq, batch, rank, progress
         self.shapes = {name: tuple(param.shape) for name, param in found.module.named_parameters() if param.requires_grad}
-        self.growths: dict[tuple[torch.dtype, str | None], Growth] = {}
+        self.growths: dict[tuple[torch.dtype, str], Growth] = {}
 
-    def growth(self, dtype: torch.dtype, store: str | None) -> Growth:
-        """Over sequence lengths at this batch, or over batches; of the model as it is, or with its linear layers converted to a store."""
-        if (dtype, store) not in self.growths:
-            how = "" if store is None else f", inputs as {store}"
+    def growth(self, dtype: torch.dtype, mole: Mapping[str, str | int] | None) -> Growth:
+        """Over sequence lengths at this batch, or over batches; of the model as it is, or with its linear layers converted."""
+        key = dtype, str(mole)
+        if key not in self.growths:
+            how = "" if mole is None else ", " + ", ".join(f"{field} {value}" for field, value in mole.items())
             self.progress(f"{self.target.name} on the meta device, {str(dtype).removeprefix('torch.')}{how}")
 
             def measure(size: int) -> Trace:
                 batch, length = (self.batch, size) if self.target.axis == "sequence" else (size, self.seq)
-                with _converted(self.target, store):
+                with _converted(self.target, mole):
                     return trace(self.target.module, lambda model: self.target.loss(model, batch, length, dtype), dtype)
 
-            if store is not None:
+            if mole is not None:
                 measure(UNITS[self.target.axis])  # makes the codecs' tables, which would be in the first trace alone
-            self.growths[dtype, store] = Growth(measure, UNITS[self.target.axis])
-        return self.growths[dtype, store]
+            self.growths[key] = Growth(measure, UNITS[self.target.axis])
+        return self.growths[key]
 
     def row(self, name: str, each: Method, dtype: torch.dtype) -> Row:
         self.progress(name)
-        growth = self.growth(dtype, each.store)
+        growth = self.growth(dtype, each.mole)
         size = self.seq if self.target.axis == "sequence" else self.batch
         if not each.budget:
             plans: LayerPlan | dict[str, LayerPlan] = LayerPlan(rank=self.rank)
             need = self._need(each, dtype, plans)
-            longest = growth.longest(lambda found: need.peak(found) <= self.usable)
+            longest = growth.longest(need.peak, self.usable)
             described = self._describe(plans) if each.optimizer == "mango" else None
             return need.row(name, growth.at(size), self.usable, longest, described, described if longest else None)
         least = self._least()
         cheapest = self._need(each, dtype, least)
-        longest = growth.longest(lambda found: cheapest.peak(found) <= self.usable)
+        longest = growth.longest(cheapest.peak, self.usable)
         here, there = (self._fill(each, dtype, growth.at(at)) if 0 < at <= longest else least for at in (size, longest))
         need = self._need(each, dtype, here)
         return need.row(name, growth.at(size), self.usable, longest, self._describe(here), self._describe(there) if longest else None)
@@ -225,12 +226,12 @@ class _Planner:
 
 
 @contextmanager
-def _converted(target: Target, store: str | None) -> Iterator[None]:
-    """Inside, the model's linear layers but its ends keep codes of their inputs. Raises: ConfigError when it has none to convert."""
-    if store is None:
+def _converted(target: Target, mole: Mapping[str, Any] | None) -> Iterator[None]:
+    """Inside, the model's linear layers but its ends are converted. Raises: ConfigError when it has none to convert."""
+    if mole is None:
         yield
         return
-    convert(target.module, MoleConfig(store=store, targets="all", exclude=tuple(target.patterns())))
+    convert(target.module, MoleConfig.of({"targets": "all", "exclude": tuple(target.patterns()), **mole}))
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ def text(report: Report, table: Callable[[Sequence[dict[str, Any]]], str]) -> st
         table([_cells(row, what) for row in report.rows]),
         "",
         "each category at its own maximum; peak: the most alive at one time; +fused and mango-budget step in the backward pass;",
-        "+int4 and +int2, asked for by --method, keep codes of the linear layers' inputs (mango.mole)",
+        "+int4 and +int2, asked for by --method, keep codes of linear layers' inputs (mango.mole), -hidden nothing of hidden layers",
     ]
     for row in report.rows:
         if row.method == "mango-budget" and row.plans:
