@@ -58,10 +58,12 @@ def generated() -> Path:
     """What paper_generate writes from the notebooks' real, tiny runs."""
     for name in ("01_cifar10", "02_theory", "03_optimizer", "04_molegrad", "05_policy", "06_vision", "07_llama"):
         executed(name)
+    folder = tiny_results() / TIER / "plan"
+    folder.mkdir(exist_ok=True)
     for gpu in ("rtx4090", "rtx5090"):
-        path = tiny_results() / TIER / "plan" / f"d1-{gpu}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(plan("d1", gpu, seq=64).plain()))
+        (folder / f"llama-7b-{gpu}.json").write_text(json.dumps(plan("llama-micro", gpu, seq=64).plain()))
+    contexts = plan("d1", "rtx5090", seq=64, methods=["adamw", "mango+fused+int2"], reserve="28GiB")  # a context of thousands
+    (folder / "nanochat-d12-rtx5090.json").write_text(json.dumps(contexts.plain()))
     out = tiny_results().parent / "generated"
     assert paper_generate.main(["--tier", TIER, "--results", str(tiny_results()), "--out", str(out)]) == 0
     return out
@@ -370,7 +372,7 @@ def test_the_table_of_claims_names_rules_that_exist() -> None:
 
 def planned(**fits: dict[str, int]) -> list[dict[str, Any]]:
     """Reports of two cards on which these methods fit, with their longest contexts."""
-    reports = paper_plan.read(tiny_results() / TIER / "plan")
+    reports = paper_plan.read(tiny_results() / TIER / "plan", "llama-7b")
     changed = []
     for report in reports:
         longest = fits[report["gpu"].partition(",")[0].replace(" ", "").lower()]
@@ -391,13 +393,22 @@ def test_what_fits_is_said_from_the_planners_report() -> None:
     assert len(paper_plan.head(reports)[1]) == len(rows[0]) and rows[-1][0].endswith("of 32 GB")
 
 
+def test_longer_contexts_are_said_by_their_ratio_and_against_the_aim() -> None:
+    report = {"gpu": "A card, 9 GB", "rows": [{"method": "adamw", "longest": 100}, {"method": "mango+fused+int2", "longest": 250}]}
+    said = paper_plan.longest(report)
+    assert r"of plain AdamW is \num{100} tokens" in said and r"\num{2.50} times as long (Mango, the same, inputs" in said
+    assert r"\num{3} times, is missed." in said
+    report["rows"].append({"method": "mango+fused+int2-hidden", "longest": 300})
+    assert r"\num{3} times, is met." in paper_plan.longest(report)
+
+
 def test_plans_of_different_cases_are_not_put_in_one_table(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run the rule plan first"):
-        paper_plan.read(tmp_path)
+        paper_plan.read(tmp_path, "a")
     for seq in (64, 128):
-        (tmp_path / f"{seq}.json").write_text(json.dumps({"model": "a", "seq": seq, "batch": 1, "dtype": "bf16", "total": seq}))
+        (tmp_path / f"a-{seq}.json").write_text(json.dumps({"model": "a", "seq": seq, "batch": 1, "dtype": "bf16", "total": seq}))
     with pytest.raises(ValueError, match="differ in seq"):
-        paper_plan.read(tmp_path)
+        paper_plan.read(tmp_path, "a")
 
 
 # ---------------------------------------------------------------- the PDF

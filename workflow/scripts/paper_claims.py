@@ -31,7 +31,9 @@ class Evidence:
     guard: str
 
 
-def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Report], tier: str) -> str:
+def sentences(
+    numbers: Numbers, records: Records, plans: Sequence[paper_plan.Report], contexts: Sequence[paper_plan.Report], tier: str
+) -> str:
     """``claims.tex``."""
     found = {
         "abstract.theory": theory(records),
@@ -40,7 +42,7 @@ def sentences(numbers: Numbers, records: Records, plans: Sequence[paper_plan.Rep
         "limitations.scale": " ".join(Sentences(numbers, name).scale() for name in present(numbers)),
         "limitations.energy": " ".join(Sentences(numbers, name).energy() for name in present(numbers)),
         "reproducibility.compute": compute(numbers, records),
-    } | paper_plan.sentences(plans)
+    } | paper_plan.sentences(plans, contexts[0])
     for name in EXPERIMENTS:
         kind = Mole if name == "nanochat" else Photographs if name.startswith("imagenet") else Sentences
         found |= kind(numbers, name).all()
@@ -118,7 +120,7 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
             for name, experiment in present(numbers).items()
         ),
         Evidence(
-            r"\Cref{tab:plan}: computed memory of a model that is not trained here",
+            r"\Cref{tab:plan,tab:plan.contexts}: computed memory of models that are not trained here",
             "plan",
             f"results/{tier}/plan/*.json",
             "plan/",

@@ -37,15 +37,16 @@ def generate(tier: str, results: Path, out: Path, benchmarks: Path | None) -> No
     """Write everything; what an earlier call left in the folder goes."""
     numbers = Numbers.read(results / tier / "figures")
     records = paper_theory.read(results / tier / "theory")
-    plans = paper_plan.read(results / tier / "plan")
+    plans = paper_plan.read(results / tier / "plan", "llama-7b")
+    contexts = paper_plan.read(results / tier / "plan", "nanochat-d12")
     reported = json.loads((ROOT / "paper" / "reported.json").read_text())
     files: dict[str, str] = {
         "provenance.tex": provenance(numbers, tier),
         "theorems.tex": paper_theory.theorems(records),
-        "claims.tex": paper_claims.sentences(numbers, records, plans, tier),
+        "claims.tex": paper_claims.sentences(numbers, records, plans, contexts, tier),
         **{
             f"tables/{name}.tex": text
-            for name, text in paper_tables.tables(numbers, records, plans, reported, tier, seconds(benchmarks)).items()
+            for name, text in paper_tables.tables(numbers, records, plans, contexts, reported, tier, seconds(benchmarks)).items()
         },
     }
     for stale in ("tables", "figures"):

@@ -9,6 +9,8 @@ from typing import Any
 
 from paper_numbers import escape
 
+from mango.planner.methods import CHUNK
+
 Report = Mapping[str, Any]
 GIB = 1 << 30
 LABELS = {
@@ -24,25 +26,46 @@ LABELS = {
     "mango+fused": "Mango, stepping in the backward pass",
     "mango+fused+int4": "Mango, the same, inputs of linear layers as int4",
     "mango+fused+int2": "Mango, the same, inputs of linear layers as int2",
+    "mango+fused+int2-hidden": "Mango, the same, hidden layers computed again",
     "mango-budget": "Mango, stepping in the backward pass, with plans chosen for the card",
 }
+LONGER = 3  # times dense training's context on the same card: the aim set before any figure
 CATEGORIES = ("weights", "gradients", "state", "activations", "workspace", "peak")
 DTYPES = {"bf16": "bfloat16", "fp16": "half precision", "fp32": "single precision"}
 
 
-def read(folder: Path) -> list[Report]:
-    """Every card's report, the smallest card first. Raises: ValueError when there is none, or they are not of one case."""
-    reports = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda report: report["total"])
+def read(folder: Path, model: str) -> list[Report]:
+    """A model's report for every card, the smallest card first. Raises: ValueError when there is none, or they are not of one case."""
+    reports = sorted((json.loads(path.read_text()) for path in folder.glob(f"{model}-*.json")), key=lambda report: report["total"])
     if not reports:
-        raise ValueError(f"no plan under {folder}: run the rule plan first")
+        raise ValueError(f"no plan of {model} under {folder}: run the rule plan first")
     for field in ("model", "seq", "batch", "dtype"):
         if len({report[field] for report in reports}) > 1:
             raise ValueError(f"the plans under {folder} differ in {field}")
     return reports
 
 
-def sentences(reports: Sequence[Report]) -> dict[str, str]:
-    return {"plan.setup": setup(reports[0]), "plan.outcome": " ".join(outcome(report) for report in reports)}
+def sentences(reports: Sequence[Report], contexts: Report) -> dict[str, str]:
+    """Of what fits on cards, and of how long a context of a converted nanochat does."""
+    return {
+        "plan.setup": setup(reports[0]),
+        "plan.outcome": " ".join(outcome(report) for report in reports),
+        "plan.contexts.setup": setup(contexts),
+        "plan.contexts": longest(contexts),
+    }
+
+
+def longest(report: Report) -> str:
+    """How much longer a context is than plain AdamW's, by method."""
+    rows = {row["method"]: row["longest"] for row in report["rows"]}
+    dense = rows.pop("adamw")
+    others = " and ".join(rf"\num{{{value / dense:.2f}}} times as long ({LABELS[name]})" for name, value in rows.items())
+    reached = max(rows.values()) >= LONGER * dense
+    return (
+        rf"On the {escape(report['gpu'])} the longest context of plain AdamW is {number(dense)} tokens; the others' are {others}. "
+        rf"The aim set beforehand, \num{{{LONGER}}} times, is {'met' if reached else 'missed'}. "
+        f"Converted layers work on {number(CHUNK['chunk'])} tokens at a time."
+    )
 
 
 def setup(report: Report) -> str:
