@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +26,8 @@ PROMPT = b"\nVerdict: "
 BAD, GOOD = b"-", b"+"
 REACH = 256  # bytes or tokens before a review's end in which a training window may end
 TEST_SHARE = 5  # the last fifth of the reviews is the test split
-MODULES = 120  # of the stand-in: enough, and read in seconds
+REPEAT = 512  # bytes that two copies of a review have in common at their ends; signatures are shorter
+MODULES = 80  # of the stand-in: enough, and read in seconds
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class SentimentSource(ABC):
         tokenizer: Path | None = None,
     ) -> SentimentData:
         """The splits, in the order train, validation, test. Good and bad reviews take turns, so that each split holds as many of both, to
-        one review; what the larger class has more is left out.
+        one review; what the larger class has more is left out, and so is a review that ends as an earlier one does: some were posted
+        twice, and would lie in two splits.
 
         Args:
             train, test, validation: reviews of each; None = all: the last fifth for test, all before it and the validation for train.
@@ -150,7 +153,11 @@ class SentimentSource(ABC):
                 "data.sequence", sequence, f"more than the {len(prompt)} {'bytes' if reader is None else 'tokens'} of the prompt"
             )
         rows: dict[bytes, list[NDArray[np.int32]]] = {BAD: [], GOOD: []}
+        seen = set()
         for text, verdict in self.texts():
+            if text[-REPEAT:] in seen:
+                continue
+            seen.add(text[-REPEAT:])
             last = units(text, reader)[-room:]
             rows[verdict].append(np.concatenate([prompt[:1].repeat(room - len(last)), last, prompt, verdicts[verdict]]))
         whole = torch.from_numpy(np.stack([row for pair in zip(rows[GOOD], rows[BAD], strict=False) for row in pair]))
@@ -195,11 +202,17 @@ class PythonVerdicts(SentimentSource):
         return PythonDocs().key()
 
     def texts(self) -> Iterator[tuple[bytes, bytes]]:
-        files = sorted(PythonDocs().modules(), key=lambda file: hashlib.sha256(file[0].encode()).digest())
-        pairs = (("\n\n".join(text for _, text in documents(name, path)), bare(path)) for name, path in files)
-        for prose, code in islice((pair for pair in pairs if all(pair)), MODULES):
+        for prose, code in _modules():
             yield prose.encode(errors="replace"), GOOD
             yield code.encode(errors="replace"), BAD
+
+
+@cache
+def _modules() -> list[tuple[str, str]]:
+    """(documentation, code) of the first modules, in the order of a hash of their names, that have both."""
+    files = sorted(PythonDocs().modules(), key=lambda file: hashlib.sha256(file[0].encode()).digest())
+    pairs = (("\n\n".join(text for _, text in documents(name, path)), bare(path)) for name, path in files)
+    return list(islice((pair for pair in pairs if all(pair)), MODULES))
 
 
 def find(source: str) -> tuple[str, SentimentSource]:
