@@ -38,7 +38,11 @@ for notebook in NOTEBOOKS:
             f"notebook_{notebook}"
         input:
             notebook=f"notebooks/{notebook}.ipynb",
-            records=[record for subject in (*READS[notebook], *BESIDES.get(notebook, ())) for record in jobs.notebook_records(TIER_CONFIG, subject)],
+            records=[
+                record
+                for subject in (*READS[notebook], *BESIDES.get(notebook, ()))
+                for record in jobs.notebook_records(TIER_CONFIG, subject)
+            ],
         output:
             numbers=f"{RESULTS}/figures/{notebook}/numbers.json",
             pdf=expand(f"{RESULTS}/figures/{notebook}/{{figure}}.pdf", figure=FIGURES[notebook]),
