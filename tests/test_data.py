@@ -492,7 +492,7 @@ def test_splits_of_verdicts_share_no_review_and_hold_both_kinds_alike(verdicts: 
     ends: set[bytes] = set()
     for split in ("train", "validation", "test"):
         kinds = [kind for _, kind in rows(loaded, split)]
-        assert set(kinds) == {b"+", b"-"} and abs(kinds.count(b"+") - kinds.count(b"-")) <= 1
+        assert set(kinds) == {sentiment.GOOD, sentiment.BAD} and abs(kinds.count(sentiment.GOOD) - kinds.count(sentiment.BAD)) <= 1
         these = {end for end, _ in rows(loaded, split)}
         assert not ends & these
         ends |= these
@@ -553,7 +553,7 @@ def test_verdicts_are_the_archives_folders(monkeypatch: pytest.MonkeyPatch) -> N
                 by_folder[folder].append((hashlib.sha256(member.name.encode()).digest(), end))
     assert [len(found) for found in by_folder.values()] == [1000, 1000] and len(kinds) == 1994, "six were posted twice"
     for split in ("train", "test"):
-        assert all(kinds[end] == {b"+": "pos", b"-": "neg"}[kind] for end, kind in rows(loaded, split))
+        assert all(kinds[end] == {sentiment.GOOD: "pos", sentiment.BAD: "neg"}[kind] for end, kind in rows(loaded, split))
     once = [list(dict.fromkeys(end for _, end in sorted(found)))[:996] for found in by_folder.values()]  # repeats are of one folder
     assert {end for end, _ in rows(loaded, "test")} == {end for ends in once for end in ends[-199:]}
 
@@ -582,7 +582,7 @@ def test_short_reviews_are_padded_with_newlines_and_windows_begin_inside_longer_
         for window in loaded.batch(step, 16, seed=0)[0]:
             seen.add(bytes(window.tolist())[:room])
     padded = {body for body in seen if body.startswith(b"\n")}
-    assert padded == {b"\n" * 6 + b"abc" + kind for kind in (b"+", b"-")}
+    assert padded == {b"\n" * 6 + b"abc" + kind for kind in (sentiment.GOOD, sentiment.BAD)}
     # 31 bytes and the kind: 23 places for a window, of which the first holds the number, the last the kind
     middle = {bytes(" review of thirty bytes, no mo"[start : start + room], "ascii") for start in range(21)}
     assert middle <= seen and len(seen - padded - middle) == 7 + 2, "every place in the longer reviews, and no other"
@@ -623,10 +623,10 @@ def test_verdicts_are_read_by_a_checkpoints_tokenizer(tmp_path: Path) -> None:
     inputs, targets = next(loaded.evaluation("train", 4))
     assert inputs.shape == (4, 20) and loaded.decode(inputs[0]).endswith(sentiment.PROMPT.decode())
     assert len(loaded.decode(inputs[0])) > 20, "tokens hold more than a byte"
-    assert [loaded.decode(target) for target in targets] == ["+", "-", "+", "-"]
+    assert [loaded.decode(target) for target in targets] == ["1", "0", "1", "0"]
     assert loaded.model_arguments() == {"vocabulary": len(Tokenizer(file.read_text()))}
     assert loaded.files() == {"tokenizer.json": file.read_text()}
     unknown = Library(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     file.write_text(unknown.to_str())
-    with pytest.raises(ConfigError, match=r"different tokens for \+ and -"):
+    with pytest.raises(ConfigError, match=r"different tokens for 0 and 1"):
         Few(b"a review").load("movie-sentiment", "local", tokenizer=file)
