@@ -23,7 +23,7 @@ from mango.data.tokenizer import Tokenizer
 from mango.errors import ConfigError
 
 PROMPT = b"\nVerdict: "
-BAD, GOOD = b"0", b"1"  # frequent in any text: a frozen head gives no weight to what it never saw, and factors could not answer
+BAD, GOOD = b"n", b"y"  # frequent in any text: a frozen head gives little weight to what it seldom saw, and factors could not answer
 REACH = 256  # bytes or tokens before a review's end in which a training window may end
 TEST_SHARE = 5  # the last fifth of the reviews is the test split
 REPEAT = 512  # bytes that two copies of a review have in common at their ends; signatures are shorter
@@ -146,7 +146,7 @@ class SentimentSource(ABC):
         reader = None if tokenizer is None else Tokenizer(tokenizer.read_text())
         prompt, verdicts = units(PROMPT, reader), {verdict: units(verdict, reader)[-1:] for verdict in (BAD, GOOD)}
         if np.array_equal(verdicts[BAD], verdicts[GOOD]):
-            raise ConfigError.of("tokenizer", str(tokenizer), "one with different tokens for 0 and 1")
+            raise ConfigError.of("tokenizer", str(tokenizer), "one with different tokens for n and y")
         room = REACH + sequence - len(prompt)
         if room <= REACH:
             raise ConfigError.of(
