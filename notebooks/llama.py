@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import common
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,6 +33,21 @@ def best_peer(runs: RunSet) -> str | None:
     rows = table(runs)
     peers = [str(name) for name in rows.index if group(runs, str(name)) == "peer" or name == controls(runs)[0]]
     return min(peers, key=lambda name: rows.loc[name, "loss"], default=None)
+
+
+def sentiment(results: Path, tier: str) -> RunSet | None:
+    """The best runs of ``llama-sentiment``; None where neither the tier nor an archive has one."""
+    try:
+        return common.run_sets(results, tier, "llama-sentiment")[0]
+    except FileNotFoundError:
+        return None
+
+
+def chance(runs: RunSet) -> tuple[float, float]:
+    """The share of the test split's larger class, which a constant answer reaches, and the standard deviation of guesses."""
+    shares = [run.data.majority for run in runs.every()]
+    share = max(each for each in shares if each is not None)
+    return share, float(np.sqrt(share * (1 - share) / min(run.data.test for run in runs.every())))
 
 
 def draw_held(runs: RunSet, look: Looks) -> Figure:
@@ -78,3 +95,9 @@ def report(runs: RunSet, prefix: str, numbers: Numbers) -> None:
         add(f"{rival}.high", high, "+.3f")
         add(f"{rival}.p", test.p_value, ".2g")
         add(f"{rival}.pairs", test.pairs, "d")
+
+
+def report_sentiment(runs: RunSet, prefix: str, numbers: Numbers) -> None:
+    """Beside what ``report.report`` says of the same experiment."""
+    for key, value in zip(("chance", "chance_std"), chance(runs), strict=True):
+        numbers.add(f"{prefix}.{key}", value, ".1%", tier=runs.tier)

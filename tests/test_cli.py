@@ -252,7 +252,7 @@ def test_unknown_command_and_missing_argument(here: Callable[..., tuple[int, str
 def test_data_list_and_verify(here: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = here("data", "list", "--json")
     assert code == 0
-    names = ("c4", "cifar10", "digits", "fineweb-edu", "imagefolder", "movie-reviews", "text")
+    names = ("c4", "cifar10", "digits", "fineweb-edu", "imagefolder", "movie-reviews", "movie-sentiment", "text")
     assert {row["name"]: row["source"] for row in json.loads(out)["datasets"]} == dict.fromkeys(names, "embedded")
     code, out, err = here("data", "verify", "digits")
     assert (code, err) == (0, "")

@@ -18,7 +18,14 @@ SETTINGS = "workflow/config/smoke.yaml"
 VARIANTS = ("adamw", "frozen", "galore", "mango")
 LANGUAGE = ("adamw", "frozen", "mango")
 NANOCHAT = ("adamw", "frozen", "int4")
-ABSENT = ("ablation-language", "imagenet-cnn", "imagenet-vit", "llama-pretrain", "llama-finetune")  # a tier may leave them out
+ABSENT = (
+    "ablation-language",
+    "imagenet-cnn",
+    "imagenet-vit",
+    "llama-pretrain",
+    "llama-finetune",
+    "llama-sentiment",
+)  # a tier may leave them out
 THEOREMS = ("T1", "T2")
 
 

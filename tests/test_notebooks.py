@@ -169,6 +169,18 @@ SETTINGS = {
                 "mango": {"label": "Mango, full", "optimizer": "mango", "options": {"lr": 3e-3, "fuse_backward": True}, "seeds": [0]},
             },
         },
+        "llama-sentiment": {
+            "seeds": [0, 1],
+            "minutes": 1,
+            "data": {"name": "movie-sentiment", "source": "embedded", "train": 40, "test": 20, "sequence": 16},
+            "model": {"name": "llama"},
+            "train": {"steps": 2, "batch": 4, "eval_every": 2, "log_every": 1},
+            "controls": {"dense": "adamw", "frozen": "frozen"},
+            "variants": {
+                **CONTROLS,
+                "mango": {"label": "Mango, full", "optimizer": "mango", "options": {"lr": 3e-3}, "seeds": [0]},
+            },
+        },
     },
     "policy": {
         "minutes": 1,
@@ -489,3 +501,17 @@ def test_llama_notebook_counts_every_byte_and_compares_with_four_bits() -> None:
     other = json.loads((tiny_results() / TIER / "llama-pretrain" / "mango" / "0" / "run.json").read_text())
     losses = [each["metrics"]["final"]["test_loss"] for each in (run, other)]
     assert numbers["llama-pretrain.mango.perplexity"]["value"] == pytest.approx(sum(map(math.exp, losses)) / 2)
+
+
+def test_llama_notebook_says_what_guessing_reaches_where_verdicts_were_trained(tmp_path: Path) -> None:
+    import llama
+
+    numbers = json.loads((executed("07_llama") / "numbers.json").read_text())
+    runs = [json.loads(path.read_text()) for path in (tiny_results() / TIER / "llama-sentiment" / "adamw").glob("*/run.json")]
+    assert len(runs) == 2
+    assert numbers["llama-sentiment.adamw.accuracy"]["value"] == pytest.approx(
+        sum(r["metrics"]["final"]["test_accuracy"] for r in runs) / 2
+    )
+    assert numbers["llama-sentiment.chance"]["value"] == 0.5 == runs[0]["data"]["majority"]
+    assert numbers["llama-sentiment.chance_std"]["value"] == pytest.approx((0.25 / 20) ** 0.5)
+    assert llama.sentiment(tmp_path, TIER) is None

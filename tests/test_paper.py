@@ -349,6 +349,25 @@ def test_the_question_of_equal_bytes_is_answered_by_the_numbers() -> None:
     assert "left open" in tuned(gap_passes=False) and "better" not in tuned(gap_passes=False).replace("which of them is better", "")
 
 
+def judged(**changes: object) -> str:
+    """Of three methods, of which guessing reaches 0.5 and strays by 0.025."""
+    values: dict[str, object] = {"variants": ["adamw", "frozen", "mango"], "chance": 0.5, "chance_std": 0.025, "data": "reviews"}
+    values |= {"headline": "mango", "dense": "adamw", "adamw.accuracy": 0.7, "frozen.accuracy": 0.54, "mango.accuracy": 0.68}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    numbers = paper_numbers.Numbers({f"llama-sentiment.{key}": {"value": value} for key, value in values.items()})
+    return paper_llama.sentiment(paper_experiments.Sentences(numbers, "llama-sentiment"))
+
+
+def test_verdicts_on_reviews_are_held_against_guessing() -> None:
+    assert r"Of the \num{3} methods, \num{2} end more than \num{2} of these above it" in judged()
+    assert r"the highest accuracy is that of \val{llama-sentiment.adamw.label}" in judged() and "stand in" not in judged()
+    assert r"\num{1} ends more than" in judged(mango__accuracy=0.55)
+    assert "none is told apart from guessing" in judged(mango__accuracy=0.55, adamw__accuracy=0.55)
+    assert "nothing here is a statement about sentiment" in judged(data="code (embedded stand-in)")
+    nothing = paper_experiments.Sentences(paper_numbers.Numbers({}), "llama-sentiment")
+    assert paper_llama.sentiment(nothing) == "Sentiment was not run in the tier behind this copy."
+
+
 def test_a_failed_theorem_is_said() -> None:
     record = json.loads((tiny_results() / TIER / "theory" / "T3.json").read_text())
     assert "each of the" in paper_claims.theory({"T3": record}) and paper_claims.failures({"T3": record}) == ""

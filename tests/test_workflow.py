@@ -132,6 +132,14 @@ def test_an_experiment_depends_on_its_own_kind_of_data_and_model() -> None:
     assert jobs.data_code(settings, "cifar10") != jobs.data_code(settings, "language")
 
 
+def test_a_notebook_reads_the_archives_where_the_tier_lacks_an_experiment() -> None:
+    smoke, laptop = (load(ROOT / "workflow" / "config" / f"{tier}.yaml") for tier in ("smoke", "laptop"))
+    archived = jobs.notebook_records(laptop, "llama-sentiment")
+    assert all(path.startswith("results/archive/") for path in archived)
+    live = [f"results/smoke/llama-sentiment/{variant}/0/run.json" for variant in smoke.experiments["llama-sentiment"].variants]
+    assert jobs.notebook_records(smoke, "llama-sentiment") == live + archived
+
+
 def test_a_variant_runs_its_own_seeds() -> None:
     settings = load(ROOT / "workflow/config/laptop.yaml")
     seeds: dict[str, list[int]] = {}

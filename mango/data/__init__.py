@@ -19,6 +19,7 @@ NAMES = {
     "fineweb-edu": "web pages in parquet shards, column `text`; embedded stand-in: Python's documentation",
     "c4": "web pages in shards of gzipped JSON lines, field `text`; embedded stand-in: Python's documentation",
     "movie-reviews": "2 000 reviews, a domain to fine-tune on (Pang and Lee 2004); embedded stand-in: Python's code",
+    "movie-sentiment": "the same reviews with their verdicts, to predict; embedded stand-in: Python's documentation or its code",
 }
 REGISTRY = Registry(
     "data.name",
@@ -30,6 +31,7 @@ REGISTRY = Registry(
         "fineweb-edu": "mango.data.shards:find",
         "c4": "mango.data.shards:find_c4",
         "movie-reviews": "mango.data.reviews:find",
+        "movie-sentiment": "mango.data.sentiment:find",
     },
 )
 
@@ -62,8 +64,8 @@ def load(
     Args:
         name: a key of ``NAMES``.
         source: one of ``SOURCES``; see ``find``.
-        train, test, validation: how many images or bytes of each, always the same ones; None = all. Validation is taken from what would
-            be trained on. An embedded stand-in that holds less gives all it has.
+        train, test, validation: how many images, bytes or reviews of each, always the same ones; None = all. Validation is taken from
+            what would be trained on. An embedded stand-in that holds less gives all it has.
         progress: called with the number of images decoded so far.
         root: the folder of an ``imagefolder``; None = the data folder's.
         options: of this kind of data: ``augment`` for images, ``sequence``, ``vocabulary`` and ``tokenizer`` for text.

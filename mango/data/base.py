@@ -44,7 +44,8 @@ class Dataset(Protocol):
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of training step ``step`` (from 0) of the run with this seed: a function of its arguments alone.
 
-        Targets are classes or tokens, int64, or the probabilities of each class as one more dimension, floating point.
+        Targets are classes or tokens, int64, or the probabilities of each class as one more dimension, floating point. Fewer tokens
+        than inputs are those after the last inputs.
         """
 
     def evaluation(self, split: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:

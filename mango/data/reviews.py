@@ -32,6 +32,10 @@ class Reviews(TextSource):
         return verify(self.path, ARCHIVE_SHA256)[:16]
 
     def parts(self) -> Iterator[bytes]:
+        return (text + b"\n\n" for _, text in self.documents())
+
+    def documents(self) -> Iterator[tuple[str, bytes]]:
+        """(name in the archive, text) of every review. Raises: DataError when the archive is damaged."""
         try:
             whole = io.BytesIO(lzma.decompress(self.path.read_bytes()))  # a compressed file would be read from its start for every member
             with tarfile.open(fileobj=whole) as archive:
@@ -40,7 +44,7 @@ class Reviews(TextSource):
                 for member in members:
                     file = archive.extractfile(member)
                     assert file is not None  # a regular file
-                    yield file.read().decode(errors="replace").strip().encode() + b"\n\n"
+                    yield member.name, file.read().decode(errors="replace").strip().encode()
         except (lzma.LZMAError, tarfile.TarError) as error:
             raise DataError(f"{self.path} is not a whole tar.xz file: {error}") from error
 
@@ -51,7 +55,7 @@ class PythonCode(PythonDocs):
     title = "Python's code (embedded stand-in)"
 
     def parts(self) -> Iterator[bytes]:
-        files = sorted(self._files(), key=lambda file: hashlib.sha256(file[0].encode()).digest())
+        files = sorted(self.modules(), key=lambda file: hashlib.sha256(file[0].encode()).digest())
         for _, path in files:
             code = bare(path)
             if code:
@@ -74,12 +78,21 @@ def bare(path: Path) -> str:
 
 def find(source: str) -> tuple[str, TextSource]:
     """See ``mango.data.find``."""
+    path = archive(source, "movie-reviews")
+    return ("embedded", PythonCode()) if path is None else ("local", Reviews(path))
+
+
+def archive(source: str, name: str) -> Path | None:
+    """The archive of reviews for data set ``name``; None = its stand-in is asked for, or all there is.
+
+    Raises: ConfigError when it is to be downloaded; DataError when source is "local" and it is not there.
+    """
     if source == "download":
         raise ConfigError.of("data.source", source, f"auto, local or embedded: put {ARCHIVE} into the data folder by hand")
     root = data_root() if source != "embedded" else None
     if root is not None and (root / ARCHIVE).is_file():
-        return "local", Reviews(root / ARCHIVE)
+        return root / ARCHIVE
     if source == "local":
         place = f"nothing of it in {root}" if root is not None else "there is no data folder (set MANGO_DATA)"
-        raise DataError(f"data.source = 'local' but movie-reviews was not found: {place}; expected {ARCHIVE}")
-    return "embedded", PythonCode()
+        raise DataError(f"data.source = 'local' but {name} was not found: {place}; expected {ARCHIVE}")
+    return None

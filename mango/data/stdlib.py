@@ -28,16 +28,17 @@ class PythonDocs(TextSource):
 
     def key(self) -> str:
         listing = hashlib.sha256()
-        for name, path in self._files():
+        for name, path in self.modules():
             listing.update(f"{name}:{path.stat().st_size}\n".encode())
         return f"{platform.python_version()}-{listing.hexdigest()[:16]}"
 
     def parts(self) -> Iterator[bytes]:
-        documents = [(name, text) for name, path in self._files() for name, text in _documents(name, path)]
-        documents.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())
-        yield "\n\n".join(text for _, text in documents).encode(errors="replace") + b"\n"
+        found = [(name, text) for name, path in self.modules() for name, text in documents(name, path)]
+        found.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())
+        yield "\n\n".join(text for _, text in found).encode(errors="replace") + b"\n"
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
+    def modules(self) -> Iterator[tuple[str, Path]]:
+        """(name, place) of every module of the library."""
         root = Path(sysconfig.get_path("stdlib"))
         for folder, inside, files in os.walk(root):
             inside[:] = sorted(set(inside) - SKIPPED)
@@ -46,7 +47,7 @@ class PythonDocs(TextSource):
                     yield (Path(folder) / name).relative_to(root).as_posix(), Path(folder) / name
 
 
-def _documents(name: str, path: Path) -> Iterator[tuple[str, str]]:
+def documents(name: str, path: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of each topic, or of the module with all its docstrings in the order of the source."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in some modules

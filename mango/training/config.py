@@ -33,7 +33,7 @@ class Strict(BaseModel):
 
 
 class Data(Strict):
-    """Which data, and how much of it: see ``mango.data.load``. Counts are images or bytes of text, whatever its tokens."""
+    """Which data, and how much of it: see ``mango.data.load``. Counts are images, reviews, or bytes of text."""
 
     source: Literal["auto", "local", "download", "embedded"] = "auto"
     train: Positive | None = Field(None, description="for training; null = all")
@@ -83,6 +83,13 @@ class Text(Data):
         None,
         description="tokens of a byte-pair encoding, trained on the training split; null = bytes. A checkpoint's own goes before it",
     )
+
+
+class Sentiment(Data):
+    """Reviews and their verdicts: see ``mango.data.sentiment``. Bytes, or the tokens of a checkpoint that brings its tokenizer."""
+
+    name: Literal["movie-sentiment"]
+    sequence: Positive = Field(192, description="bytes or tokens in a window, those of the prompt among them")
 
 
 class ResNet(Strict):
@@ -141,11 +148,11 @@ class Llama(Strict):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
 
 
-AnyData = Annotated[Images | ImageFolder | Text, Field(discriminator="name")]
+AnyData = Annotated[Images | ImageFolder | Text | Sentiment, Field(discriminator="name")]
 Model = Annotated[ResNet | ResNet18 | ResNet50 | ViT | GPT | Llama, Field(discriminator="name")]
 VISION = (ResNet, ResNet18, ResNet50, ViT)
 # The models that each kind of data is for.
-READS: dict[type[Data], tuple[type[Strict], ...]] = {Images: VISION, ImageFolder: VISION, Text: (GPT, Llama)}
+READS: dict[type[Data], tuple[type[Strict], ...]] = {Images: VISION, ImageFolder: VISION, Text: (GPT, Llama), Sentiment: (GPT, Llama)}
 
 
 class Train(Strict):

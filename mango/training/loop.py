@@ -246,7 +246,9 @@ class _Trainer:
         inputs = inputs if settings.channels_last else inputs.contiguous()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
             logits = model(inputs)
-        # (b, classes) and (b,), or (b, classes) when mixed, for images; (b, t, vocabulary) and (b, t) for tokens
+        # (b, classes) and (b,), or (b, classes) when mixed, for images; (b, t, vocabulary) and the last of (b, t) for tokens
+        if logits.dim() == 3:
+            logits = logits[:, -targets.shape[1] :]
         return functional.cross_entropy(
             logits.flatten(0, -2).float(), targets if targets.is_floating_point() else targets.flatten()
         ), logits

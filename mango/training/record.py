@@ -42,17 +42,19 @@ class DataIdentity(Strict):
     validation: int = 0
     corrupt: int = Field(0, ge=0, description="damaged images or shards that were left out, as the configuration allows")
     empty: list[str] = Field([], description="classes without training images")
+    majority: float | None = Field(None, description="share of the test split's larger class, for verdicts: what a constant answer reaches")
 
 
 class Throughput(Strict):
-    value: float = Field(ge=0, description="images or bytes of text per second of training steps (evaluation and checkpoints left out)")
+    value: float = Field(ge=0, description="targets (images, bytes, tokens, reviews) per second of training steps (evaluation left out)")
     unit: str
 
 
 class Scores(Strict):
     """``test_*`` when the test set was evaluated, ``validation_*`` when the configuration chose the validation set.
 
-    Losses are mean cross-entropies in nats. The task's own metric is accuracy (and top-5 accuracy) for images and bits per byte for text.
+    Losses are mean cross-entropies in nats. The task's own metric is accuracy (and top-5 accuracy) for images, accuracy for
+    verdicts on reviews, and bits per byte for text.
     """
 
     step: int

@@ -27,6 +27,8 @@ ABLATION = [name for name in ("ablation-cifar10", "ablation-language") if name i
 if ABLATION:
     READS["03_optimizer"] += tuple(ABLATION)
     FIGURES["03_optimizer"].append("ablation")
+# What it reads besides: of the tier that has it, and of every archive.
+BESIDES = {"07_llama": ("llama-sentiment",)}
 NOTEBOOKS = [name for name in FIGURES if jobs.subjects(TIER_CONFIG).issuperset(READS[name])]
 
 for notebook in NOTEBOOKS:
@@ -36,7 +38,11 @@ for notebook in NOTEBOOKS:
             f"notebook_{notebook}"
         input:
             notebook=f"notebooks/{notebook}.ipynb",
-            records=[record for subject in READS[notebook] for record in jobs.notebook_records(TIER_CONFIG, subject)],
+            records=[
+                record
+                for subject in (*READS[notebook], *BESIDES.get(notebook, ()))
+                for record in jobs.notebook_records(TIER_CONFIG, subject)
+            ],
         output:
             numbers=f"{RESULTS}/figures/{notebook}/numbers.json",
             pdf=expand(f"{RESULTS}/figures/{notebook}/{{figure}}.pdf", figure=FIGURES[notebook]),

@@ -241,13 +241,14 @@ def policy_code(tier: TierConfig) -> str:
 
 
 def notebook_records(tier: TierConfig, subject: str) -> list[str]:
-    """What a notebook reads: records of the theorems, the policies, an experiment or the contexts; the last three of every archive too."""
+    """What a notebook reads: records of the theorems, the policies, an experiment or the contexts; the last three of every archive too, and
+    of the archives alone where the tier lacks the experiment."""
     if subject == "policy":
         archived = (ROOT / "results" / "archive").glob("*/policy/evaluation.json")
         return [f"results/{tier.tier}/policy/evaluation.json", *sorted(str(path.relative_to(ROOT)) for path in archived)]
     if subject == "theory":
         return [f"results/{tier.tier}/theory/{theorem}.json" for theorem in theorems(tier)]
-    made = [(method, 0) for method in METHODS] if subject == "contexts" else runs(tier, subject)
+    made = [(method, 0) for method in METHODS] if subject == "contexts" else runs(tier, subject) if subject in tier.experiments else []
     live = [f"results/{tier.tier}/{subject}/{variant}/{seed}/run.json" for variant, seed in made]
     return live + sorted(str(path.relative_to(ROOT)) for path in (ROOT / "results" / "archive").glob(f"*/**/{subject}/*/*/run.json"))
 

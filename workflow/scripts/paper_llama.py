@@ -1,4 +1,4 @@
-"""Sentences and tables of LLaMA's pre-training and fine-tuning. Which words surround the numbers follows from their values."""
+"""Sentences and tables of LLaMA's pre-training, fine-tuning and sentiment. Which words surround the numbers follows from their values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from paper_experiments import Sentences, count
 from paper_numbers import Numbers, escape
 
 AIM = 0.95  # of the gap in pre-training, set beforehand
-KEYS = ("pretrain", "gap", "outcome", "peer", "finetune", "finetune_gap", "bytes", "paged")
+KEYS = ("pretrain", "gap", "outcome", "peer", "finetune", "finetune_gap", "bytes", "paged", "sentiment")
+GUESSES = 2  # standard deviations of guessing that an accuracy has to lie above chance
 REPORTED = {"adamw": "Full-rank AdamW", "galore": "GaLore"}  # our optimizer -> the row of paper/reported.json
 
 
@@ -27,6 +28,7 @@ def sentences(numbers: Numbers) -> dict[str, str]:
         "llama.finetune_gap": second.gap(),
         "llama.bytes": at_the_same_bytes(second),
         "llama.paged": paged(second),
+        "llama.sentiment": sentiment(Sentences(numbers, "llama-sentiment")),
     }
 
 
@@ -101,12 +103,42 @@ def paged(said: Sentences) -> str:
     return "" if "pagedadamw8bit" in optimizers else "Paged AdamW pages the memory of a CUDA device; it was not run in this tier."
 
 
+def sentiment(said: Sentences) -> str:
+    """What was asked, what guessing reaches, and which methods do better."""
+    if f"{said.name}.variants" not in said.numbers:
+        return "Sentiment was not run in the tier behind this copy."
+    val, names = said.val, said.get("variants")
+    above = [name for name in names if said.get(name, "accuracy") > said.get("chance") + GUESSES * said.get("chance_std")]
+    stand_in = "; they stand in for reviews, and nothing here is a statement about sentiment" if "stand-in" in said.get("data") else ""
+    text = (
+        f"A LLaMA of {val('parameters')} parameters that dense AdamW pre-trained on text is trained further, for {val('steps')} steps of "
+        f"{val('batch')} reviews, to give the verdict after the last words of a review and a fixed question, {val('sequence')} positions "
+        f"in all (data: {val('data')}{stand_in}; records: {val('tier_label')}; machine: {val('machine')}; {val('runs')} runs). On the "
+        f"{val('test')} test reviews a constant answer is right in {val('chance')} of the cases, and guesses stray from that by a "
+        f"standard deviation of {val('chance_std')}. "
+    )
+    if not above:
+        return text + rf"No method ends more than \num{{{GUESSES}}} of these above it: none is told apart from guessing."
+    best, ours, dense = max(names, key=lambda name: said.get(name, "accuracy")), said.get("headline"), said.get("dense")
+    text += (
+        rf"Of the {count(len(names), 'method')}, \num{{{len(above)}}} {'ends' if len(above) == 1 else 'end'} more than "
+        rf"\num{{{GUESSES}}} of these above it; the highest accuracy is that of {val(best, 'label')}, {val(best, 'accuracy')}."
+    )
+    if ours is None or dense is None:
+        return text
+    return f"{text} {val(ours, 'label')} reaches {val(ours, 'accuracy')}, and {val(dense, 'label')} {val(dense, 'accuracy')}."
+
+
 # ---------------------------------------------------------------- tables
 
 
 def tables(numbers: Numbers, reported: Mapping[str, Any]) -> dict[str, str]:
-    """Both, by name."""
-    return {"llama_pretrain": pretrain_table(numbers, reported), "llama_finetune": finetune_table(numbers)}
+    """All three, by name."""
+    return {
+        "llama_pretrain": pretrain_table(numbers, reported),
+        "llama_finetune": finetune_table(numbers),
+        "llama_sentiment": sentiment_table(numbers),
+    }
 
 
 def pretrain_table(numbers: Numbers, reported: Mapping[str, Any]) -> str:
@@ -136,3 +168,11 @@ def finetune_table(numbers: Numbers) -> str:
         held = [numbers.bare(f"{key}.held.{field}") for field in ("parameters", "gradients", "optimizer_state", "total")]
         rows.append([escape(numbers[f"{key}.label"]), numbers.latex(f"{key}.seeds"), *cells, *held])
     return tabular("l r r r r r r r", head, rows or [["not run in this tier", *[""] * 7]])
+
+
+def sentiment_table(numbers: Numbers) -> str:
+    from paper_tables import comparison, tabular
+
+    if "llama-sentiment.variants" not in numbers:
+        return tabular("l", ["not run in this tier"], [])
+    return comparison(numbers, "llama-sentiment", ("state", "state (B/param.)"))
