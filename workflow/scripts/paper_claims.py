@@ -12,7 +12,7 @@ from typing import Any
 import paper_llama
 import paper_plan
 import paper_policy
-from paper_experiments import ABLATIONS, EXPERIMENTS, Photographs, Sentences, count, present
+from paper_experiments import ABLATIONS, EXPERIMENTS, LLAMA, Photographs, Sentences, count, present, subjects
 from paper_molegrad import Mole
 from paper_numbers import Numbers
 
@@ -78,7 +78,7 @@ def failures(records: Records) -> str:
 
 
 def compute(numbers: Numbers, records: Records) -> str:
-    taken = "; ".join(f"{Sentences(numbers, name).val('wall')} ({experiment.subject})" for name, experiment in present(numbers).items())
+    taken = "; ".join(f"{Sentences(numbers, name).val('wall')} ({subject})" for name, subject in subjects(numbers).items())
     text = rf"The training runs took {taken}; \cref{{tab:machines}} names the machines."
     return text + (rf" The theorem checks took \num{{{sum(record['seconds'] for record in records.values()):.0f}}}~s." if records else "")
 
@@ -99,14 +99,14 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
         ),
         *(
             Evidence(
-                rf"\Cref{{sec:{name}}}: recovered gaps, state bytes, certified against measured error",
+                rf"\Cref{{sec:{'llama' if name in LLAMA else name}}}: recovered gaps, state bytes, certified against measured error",
                 "train",
                 f"results/{tier}/{name}/*/*/run.json",
                 f"train/{name}/",
                 60 * numbers[f"{name}.live.wall"],
                 rf"gap test; \texttt{{make verify}} against \path{{results/reference/{tier}.json}}",
             )
-            for name in present(numbers)
+            for name in subjects(numbers)
         ),
         *(
             Evidence(

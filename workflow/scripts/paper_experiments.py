@@ -37,6 +37,17 @@ EXPERIMENTS = {
     "imagenet-vit": Experiment("06_vision", "photographs, vision transformer", 0.95, None),
 }
 
+LLAMA = {  # by sentences and tables of their own, in paper_llama
+    "llama-pretrain": "LLaMA, pre-training",
+    "llama-finetune": "LLaMA, fine-tuning",
+}
+
+
+def subjects(numbers: Numbers) -> dict[str, str]:
+    """Every experiment of the tier in a few words, by name."""
+    llama = {name: subject for name, subject in LLAMA.items() if f"{name}.live.variants" in numbers}
+    return {name: experiment.subject for name, experiment in present(numbers).items()} | llama
+
 
 def present(numbers: Numbers) -> dict[str, Experiment]:
     """The experiments that the tier has, by name."""

@@ -9,7 +9,7 @@ import paper_claims
 import paper_llama
 import paper_plan
 import paper_policy
-from paper_experiments import EXPERIMENTS, present
+from paper_experiments import EXPERIMENTS, present, subjects
 from paper_numbers import Numbers, escape, printed
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -178,10 +178,10 @@ def reported_table(reported: Mapping[str, Any]) -> str:
 def machines(numbers: Numbers) -> str:
     """Where the runs of each experiment were made, and what they took."""
     rows = []
-    for name, experiment in present(numbers).items():
+    for name, subject in subjects(numbers).items():
         for prefix in (name, f"{name}.live"):
             keys = ("tier_label", "machine", "torch", "runs", "wall", "energy")
-            row = [experiment.subject, *(numbers.latex(f"{prefix}.{key}") for key in keys)]
+            row = [subject, *(numbers.latex(f"{prefix}.{key}") for key in keys)]
             rows += [row] if row not in rows else []
     head = ["", "records", "machine", "PyTorch", "runs", "wall time", "energy"]
     return tabular(r"l l >{\raggedright\arraybackslash}p{1.5in} l r r >{\raggedright\arraybackslash}p{1.6in}", head, rows)
