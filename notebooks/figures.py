@@ -13,6 +13,7 @@ from experiment import METRICS, contraction, controls, final_losses, group, head
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Looks = Mapping[str, dict[str, Any]]
 
@@ -68,6 +69,9 @@ def draw_front(axis: Axes, runs: RunSet, field: str, label: str, look: Looks) ->
     axis.step(edge[:, 0], sign * edge[:, 1], where="post", color="#9a9a9a", linewidth=0.8, linestyle="-", marker="none", zorder=0)
     below = f"\nfrozen: {abs(rows.loc[frozen, field]):.2f}" if frozen else ""
     axis.set(xscale="log", xlabel=f"optimizer state (bytes per parameter){below}", ylabel=label)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # a panel of less than a decade would have no label, or ten
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_recovered(runs: RunSet, look: Looks) -> Figure:
