@@ -593,7 +593,7 @@ def test_short_reviews_are_padded_with_newlines_and_windows_begin_inside_longer_
     [
         ({"train": 17}, r"data\.train \+ data\.validation = 17 is not legal: at most the 16 reviews before the test split"),
         ({"validation": 16}, r"data\.train \+ data\.validation = 16 is not legal"),
-        ({"test": 5}, r"data\.test = 5 is not legal: from 1 to the 4 reviews of the test split"),
+        ({"test": 5}, r"data\.test = 5 is not legal: at most the 4 reviews of the test split"),
         ({"sequence": len(sentiment.PROMPT)}, r"data\.sequence = 10 is not legal: more than the 10 bytes of the prompt"),
     ],
 )

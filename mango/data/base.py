@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from mango.errors import ConfigError
+
 Progress = Callable[[int], None]  # told how many items were decoded so far
 
 
@@ -100,6 +102,37 @@ def identity_of(data: Dataset, digests: Iterable[str]) -> dict[str, str | int]:
     joined = hashlib.sha256("".join(digests).encode()).hexdigest()
     counts = {name: len(split) for name, split in data.splits.items()}
     return {"name": data.name, "source": data.source, "title": data.title, "fingerprint": joined, **counts}
+
+
+def cut(
+    whole: Tensor, share: int, unit: str, clip: bool, train: int | None = None, test: int | None = None, validation: int = 0
+) -> dict[str, Tensor]:
+    """The splits of rows that lie in the order train, validation, test.
+
+    Args:
+        whole: (n, ...).
+        share: the last n / share rows are the test split.
+        unit: what a row is, in the plural, for messages.
+        clip: give what there is where more is asked for, as a stand-in does.
+        train, test, validation: rows of each; None = all: the share for test, all before it and the validation for train. Fewer test rows
+            are the first of the share, fewer training rows the last before validation.
+
+    Returns: "train", "test" and, when asked for, "validation", as views.
+
+    Raises: ConfigError when more is asked for than there is, or nothing is left to train on or to test.
+    """
+    held_out = len(whole) // share
+    end = len(whole) - held_out
+    if clip:
+        validation, test = min(validation, end // share), min(test or held_out, held_out)
+        train = min(train or end - validation, end - validation)
+    train, test = end - validation if train is None else train, held_out if test is None else test
+    if train < 1 or train + validation > end:
+        raise ConfigError.of("data.train + data.validation", train + validation, f"at most the {end} {unit} before the test split")
+    if not 1 <= test <= held_out:
+        raise ConfigError.of("data.test", test, f"at most the {held_out} {unit} of the test split")
+    splits = {"train": whole[end - validation - train : end - validation], "test": whole[end : end + test]}
+    return splits | ({"validation": whole[end - validation : end]} if validation else {})
 
 
 def derive(seed: int, stream: str, counter: int) -> int:

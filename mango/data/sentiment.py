@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mango.data.base import Progress, derive, identity_of
+from mango.data.base import Progress, cut, derive, identity_of
 from mango.data.reviews import Reviews, archive, bare
 from mango.data.stdlib import PythonDocs, documents
 from mango.data.text import VOCABULARY
@@ -161,19 +161,7 @@ class SentimentSource(ABC):
             last = units(text, reader)[-room:]
             rows[verdict].append(np.concatenate([prompt[:1].repeat(room - len(last)), last, prompt, verdicts[verdict]]))
         whole = torch.from_numpy(np.stack([row for pair in zip(rows[GOOD], rows[BAD], strict=False) for row in pair]))
-        held_out = len(whole) // TEST_SHARE
-        end = len(whole) - held_out
-        if used == "embedded":  # a stand-in gives what it has
-            validation, test = min(validation, end // TEST_SHARE), min(test or held_out, held_out)
-            train = min(train or end - validation, end - validation)
-        train, test = end - validation if train is None else train, held_out if test is None else test
-        if train < 1 or train + validation > end:
-            raise ConfigError.of("data.train + data.validation", train + validation, f"at most the {end} reviews before the test split")
-        if not 1 <= test <= held_out:
-            raise ConfigError.of("data.test", test, f"from 1 to the {held_out} reviews of the test split")
-        splits = {"train": whole[end - validation - train : end - validation], "test": whole[end : end + test]}
-        if validation:
-            splits["validation"] = whole[end - validation : end]
+        splits = cut(whole, TEST_SHARE, "reviews", used == "embedded", train, test, validation)
         return SentimentData(name, self.title, used, splits, sequence, len(prompt), reader)
 
 

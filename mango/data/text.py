@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mango.data.base import Progress, derive, identity_of
+from mango.data.base import Progress, cut, derive, identity_of
 from mango.data.sources import cache_root, data_root, locked, verify
 from mango.errors import ConfigError, DataError
 
@@ -130,19 +130,7 @@ class TextSource(ABC):
         Raises: ConfigError when more is asked for than there is, or a split is shorter than a window.
         """
         text = torch.from_numpy(self._mapped())
-        held_out = len(text) // TEST_SHARE
-        end = len(text) - held_out
-        if used == "embedded":  # a stand-in gives what it has
-            validation, test = min(validation, end // TEST_SHARE), min(test or held_out, held_out)
-            train = min(train or end - validation, end - validation)
-        train, test = end - validation if train is None else train, held_out if test is None else test
-        if train + validation > end:
-            raise ConfigError.of("data.train + data.validation", train + validation, f"at most the {end} bytes before the test split")
-        if test > held_out:
-            raise ConfigError.of("data.test", test, f"at most the {held_out} bytes of the test split")
-        splits = {"train": text[end - validation - train : end - validation], "test": text[end : end + test]}
-        if validation:
-            splits["validation"] = text[end - validation : end]
+        splits = cut(text, TEST_SHARE, "bytes", used == "embedded", train, test, validation)
         for split, part in splits.items():
             if len(part) <= sequence:
                 raise ConfigError.of(f"data.{split}", len(part), f"more bytes than one window, data.sequence = {sequence}")
