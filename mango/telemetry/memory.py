@@ -103,8 +103,10 @@ class MemoryLedger:
             self._inside.pop()
 
         def arrive(grad: Tensor | None, parameter: nn.Parameter) -> None:
+            begin = time.perf_counter()
             new = grad.nbytes if grad is not None and parameter.grad is None else 0  # else there is none, or it is added to what is there
             self.peak_gradients = max(self.peak_gradients, self.gradients() + new)
+            self.seconds += time.perf_counter() - begin
 
         with ExitStack() as stack:
             for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
