@@ -98,7 +98,7 @@ def test_losses_are_those_of_each_example_and_divergence_has_a_ceiling() -> None
     assert run.evaluate() == LOSS_CEILING
 
 
-def test_the_oracle_takes_everything_back_keeps_the_budget_and_prefers_bytes_where_losses_tie() -> None:
+def test_the_oracle_takes_everything_back_keeps_the_budget_and_changes_nothing_where_plans_tie() -> None:
     run = tiny_run(budget=1.0)
     seen = run.reset()
     run.step(Budget().decide(seen))
@@ -108,8 +108,7 @@ def test_the_oracle_takes_everything_back_keeps_the_budget_and_prefers_bytes_whe
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
     assert (run.optimizer.plans(), run.optimizer._steps()) == (plans, steps)
     assert sum(int(run.seen.nbytes[place, action]) for place, action in enumerate(choice)) <= (run.seen.budget or 0)
-    lightest = run.seen.nbytes.masked_fill(~run.seen.allowed, torch.iinfo(torch.int64).max).argmin(1).tolist()
-    assert Oracle(draws=2, examples=20, deviations=math.inf)(run, run.seen) == lightest, "nothing is told apart, so bytes decide"
+    assert Oracle(draws=2, examples=20, deviations=1e9)(run, run.seen) == list(run.seen.current), "nothing is told apart"
 
 
 def test_the_oracle_does_not_know_the_batches_that_come() -> None:
@@ -120,12 +119,14 @@ def test_the_oracle_does_not_know_the_batches_that_come() -> None:
     assert run.seed not in tried and len(set(tried)) == 3, "each plan on the same other draws"
 
 
-def test_a_difference_counts_when_it_is_told_from_zero_over_examples_and_batches() -> None:
+def test_a_gain_is_known_as_well_as_examples_and_batches_agree_on_it() -> None:
     oracle, generator = Oracle(draws=4, examples=40), torch.Generator().manual_seed(0)
     same = 1.0 + 0.1 * torch.randn(4, 40, generator=generator).double()
-    assert oracle._gain(same, same - 0.01) == pytest.approx(math.log(float(same.mean()) / float(same.mean() - 0.01)))
-    one_batch = torch.tensor([0.1, 0.0, 0.0, 0.0])[:, None]
-    assert oracle._gain(same, same - one_batch) == 0.0, "on every example, and of one batch alone"
+    gain, noise = oracle._gain(tiny_run(), same, same - 0.01)
+    assert gain == pytest.approx(SHORT.every * math.log(float(same.mean()) / float(same.mean() - 0.01)))
+    assert noise == pytest.approx(0.0, abs=1e-9), "on every example of every batch"
+    gain, noise = oracle._gain(tiny_run(), same, same - torch.tensor([0.1, 0.0, 0.0, 0.0])[:, None])
+    assert gain < oracle.deviations * noise, "on every example, but of one batch alone"
 
 
 @pytest.mark.parametrize(

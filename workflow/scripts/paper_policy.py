@@ -85,10 +85,7 @@ def oracle(numbers: Numbers) -> str:
         r"\val{policy.tinyformer.behind}"
     )
     if numbers["policy.tinyformer.behind"] < 0.0:
-        return (
-            f"{text}: it is negative, as an oracle that looks one step ahead is no bound. It saves bytes whose worth shows only later, and "
-            "pays for changing its mind."
-        )
+        return f"{text}: it is negative, as an oracle that looks one step ahead is no bound."
     return f"{text}."
 
 
@@ -140,8 +137,8 @@ def imitation(numbers: Numbers) -> str:
     text += f" On episodes that it had not seen, a clone takes the very action of its expert for so many of the layers: {agreement}."
     if numbers.get("policy.expert.oracle.agreement", 1.0) < 0.9:
         text += (
-            " The rules are functions of what the policy sees. The oracle's choices are not: even where plans count as equal that several "
-            "draws of batches do not tell apart, they turn on the draws."
+            " The rules are functions of what the policy sees. The oracle's choices are not: even though a plan stays in force unless several "
+            "draws of batches tell a better one apart, they turn on the draws."
         )
     return (
         rf"{text} Over the policies of the comparison, the reward that they are trained on and the hypervolume have a rank correlation of "
