@@ -137,8 +137,8 @@ def imitation(numbers: Numbers) -> str:
     text += f" On episodes that it had not seen, a clone takes the very action of its expert for so many of the layers: {agreement}."
     if numbers.get("policy.expert.oracle.agreement", 1.0) < 0.9:
         text += (
-            " The rules are functions of what the policy sees. The oracle's choices are not: even though a plan stays in force unless several "
-            "draws of batches tell a better one apart, they turn on the draws."
+            " The rules are functions of what the policy sees. The oracle's choices are not: even though a plan stays in force unless "
+            "several draws of batches tell a better one apart, they turn on the draws."
         )
     return (
         rf"{text} Over the policies of the comparison, the reward that they are trained on and the hypervolume have a rank correlation of "
