@@ -394,7 +394,6 @@ def test_policy_notebook_compares_policies_with_rules_and_oracle() -> None:
     best[0] = max(best[0], rewards["", "oracle", 0])
     assert numbers["policy.static.regret"] == pytest.approx(sum(best[seed] - rewards["", "static", seed] for seed in (0, 1)) / 2)
     assert numbers[f"policy.expert.{numbers['policy.expert']}.agreement"] >= 0.9
-    assert numbers["policy.expert"] == max(numbers["policy.experts"], key=lambda name: numbers[f"policy.expert.{name}.return"])
     assert -1.0 <= numbers["policy.orders"] <= 1.0
 
 

@@ -125,13 +125,17 @@ def behaviour(numbers: Numbers) -> str:
 def imitation(numbers: Numbers) -> str:
     """How the learned policy came to be: which expert it was cloned from and why, how well that went, and what PPO added."""
     best, experts = numbers["policy.expert"], numbers["policy.experts"]
-    rest = ", ".join(rf"{label(name)} \val{{policy.expert.{name}.return}}" for name in experts if name != best)
+    earned = ", ".join(rf"{label(name)} \val{{policy.expert.{name}.return}}" for name in experts if name != "oracle")
     agreement = ", ".join(rf"{label(name)} \val{{policy.expert.{name}.agreement}}" for name in experts)
-    text = (
-        r"The rules and the greedy oracle were recorded as experts. On the \val{policy.experts.runs} training runs that all of them played "
-        rf"{label(best)} earned most (\val{{policy.expert.{best}.return}}; {rest}), so the network was cloned from it. What "
-        r"proximal policy optimisation made of the clone earned \val{policy.improved.ppo} on \val{policy.improved.runs} such runs, and the "
-        r"clone \val{policy.improved.clone}: "
+    text = rf"On \val{{policy.experts.runs}} training runs the rules earned so much: {earned}. "
+    if "oracle" in experts:
+        text += (
+            r"The greedy oracle earned \val{policy.expert.oracle.return} on the \val{policy.expert.oracle.runs} of them that it was recorded "
+            r"on, and the best rule \val{policy.expert.oracle.best_rule} there. "
+        )
+    text += (
+        rf"So the network was cloned from {label(best)}. What proximal policy optimisation made of the clone earned "
+        r"\val{policy.improved.ppo} on \val{policy.improved.runs} such runs, and the clone \val{policy.improved.clone}: "
     )
     text += "it was kept." if numbers["policy.improved.kept"] == "ppo" else "the clone is what is shipped and judged as TinyFormer."
     text += f" On episodes that it had not seen, a clone takes the very action of its expert for so many of the layers: {agreement}."

@@ -68,12 +68,24 @@ def make_traces(given: config.Policy, out: Path) -> None:
     imitation.save(out, decisions, Actions())
 
 
+def elect(decisions: list[imitation.Decision]) -> dict[str, Any]:
+    """The expert that earned most: the best rule of all runs, unless the oracle beats it on the few that it was recorded on."""
+    of = {name: [d for d in decisions if d.source.startswith(f"{name} ")] for name in (*RULES, ORACLE)}
+    earned, runs = imitation.returns([d for name in RULES for d in of[name]])
+    best = max(earned, key=earned.__getitem__)
+    found: dict[str, Any] = {"expert": best, "runs": runs, "experts": {name: {"return": value} for name, value in earned.items()}}
+    if of[ORACLE]:
+        pair, few = imitation.returns(of[best] + of[ORACLE])
+        found["experts"][ORACLE] = {"return": pair[ORACLE], "runs": few, "best_rule": pair[best]}
+        found["expert"] = max(pair, key=pair.__getitem__)
+    return found
+
+
 def imitate(given: config.Policy, traces: Path, kind: str, out: Path) -> None:
     """Clones the expert that earned most; TinyFormer's agreement with every other one is that of a clone of its own."""
     decisions, _ = imitation.load(traces)
-    earned, runs = imitation.returns(decisions)
-    best = max(earned, key=earned.__getitem__)
-    experts: dict[str, Any] = {name: {"return": value} for name, value in earned.items()}
+    report = elect(decisions)
+    best, experts = report["expert"], report["experts"]
     for expert in experts if kind == "tinyformer" else [best]:
         own = [d for d in decisions if d.source.startswith(f"{expert} ")]
         seen, held = imitation.split(own, HELD)
@@ -85,7 +97,6 @@ def imitate(given: config.Policy, traces: Path, kind: str, out: Path) -> None:
         print(expert, experts[expert], flush=True)
         if expert == best:
             chosen = learner
-    report = {"expert": best, "runs": runs, "experts": experts}
     store.save(chosen, out, {"imitation": report, "settings": given.model_dump(mode="json")})
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
 
