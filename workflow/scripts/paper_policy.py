@@ -130,8 +130,8 @@ def imitation(numbers: Numbers) -> str:
     text = rf"On \val{{policy.experts.runs}} training runs the rules earned so much: {earned}. "
     if "oracle" in experts:
         text += (
-            r"The greedy oracle earned \val{policy.expert.oracle.return} on the \val{policy.expert.oracle.runs} of them that it was recorded "
-            r"on, and the best rule \val{policy.expert.oracle.best_rule} there. "
+            r"The greedy oracle earned \val{policy.expert.oracle.return} on the \val{policy.expert.oracle.runs} of them that it was "
+            r"recorded on, and the best rule \val{policy.expert.oracle.best_rule} there. "
         )
     text += (
         rf"So the network was cloned from {label(best)}. What proximal policy optimisation made of the clone earned "
