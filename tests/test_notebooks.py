@@ -393,7 +393,8 @@ def test_policy_notebook_compares_policies_with_rules_and_oracle() -> None:
     best = {seed: max(rewards["", name, seed] for name in ("static", "budget", "tinyformer")) for seed in (0, 1)}
     best[0] = max(best[0], rewards["", "oracle", 0])
     assert numbers["policy.static.regret"] == pytest.approx(sum(best[seed] - rewards["", "static", seed] for seed in (0, 1)) / 2)
-    assert numbers["policy.agreement.budget"] >= 0.9
+    assert numbers[f"policy.expert.{numbers['policy.expert']}.agreement"] >= 0.9
+    assert -1.0 <= numbers["policy.orders"] <= 1.0
 
 
 def test_archived_evaluations_of_a_higher_tier_come_first(tmp_path: Path) -> None:

@@ -491,6 +491,11 @@ def policy_numbers(**changed: object) -> paper_numbers.Numbers:
         "adds.imitation": 0.3,
         "adds.imitation_low": 0.1,
         "adds.imitation_high": 0.5,
+        "expert": "static",
+        "experts": ["static", "budget", "oracle"],
+        "experts.runs": 16,
+        "expert.oracle.agreement": 0.5,
+        "improved.kept": "ppo",
     } | {key.replace("__", "."): value for key, value in changed.items()}
     return paper_numbers.Numbers({f"policy.{key}": {"value": value, "format": ".3f"} for key, value in values.items()})
 
@@ -515,4 +520,10 @@ def test_the_text_on_policies_says_what_the_numbers_say() -> None:
     text = paper_policy.ablations(policy_numbers())
     assert "ahead of PPO from random weights" in text and "without it" in text and "single precision" not in text
     assert "behind PPO from random weights" in paper_policy.ablations(policy_numbers(adds__imitation_low=-0.5, adds__imitation_high=-0.1))
+    text = paper_policy.imitation(policy_numbers())
+    assert r"Static \val{policy.expert.static.return}, Exact budget \val{policy.expert.budget.return}. The greedy oracle earned" in text
+    assert "cloned from Static" in text
+    assert "it was kept" in text and "turn on the draws" in text
+    text = paper_policy.imitation(policy_numbers(expert="oracle", improved__kept="clone", expert__oracle__agreement=0.95))
+    assert "cloned from Greedy oracle" in text and "the clone is what is shipped" in text and "turn on the draws" not in text
     assert r"\textbf" in paper_policy.setup(policy_numbers(exceeded=1)) and r"\textbf" not in paper_policy.setup(policy_numbers())

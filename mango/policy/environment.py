@@ -31,6 +31,7 @@ from mango.policy.rules import Static
 from mango.telemetry import PowerSampler
 
 TRACED = 32  # examples for the Hessian, whose products cost several passes each
+DRAWS = 1_000_003  # between the seeds of two draws of batches
 LOSS_CEILING = 20.0  # a run whose loss is above it, or not finite, has diverged and counts as this
 
 
@@ -113,6 +114,7 @@ class TrainingRun:
         task, settings = self.task, self.settings
         self.data = _data(task)
         self.model, self.optimizer = _build(task, self.seed, LayerPlan(error=settings.error))
+        warm_up(task, self.actions, settings.error)
         self.dense = dense_seconds(task, settings.every) * settings.decisions
         limit = None
         if self.budget is not None:
@@ -147,15 +149,15 @@ class TrainingRun:
         self.seen = self.controller.look(self.optimizer, self.optimizer.diagnostics(), self._world(before, seconds, joules))
         return self.seen, self.settings.reward.of(self.costs[-1]), self.decisions == self.settings.decisions
 
-    def train(self, steps: int, observe: bool = False) -> None:
-        """Steps of the run, from where it stands."""
+    def train(self, steps: int, observe: bool = False, draw: int = 0) -> None:
+        """Steps of the run, from where it stands, on the batches that come or, for a draw other than 0, on others."""
         every = self.settings.every
         length = every * self.settings.decisions
         for _ in range(steps):
             step = self.optimizer._steps()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.task.lr * max(0.05, 1.0 - step / length)
-            inputs, targets = self.data.batch(step, self.task.batch, self.seed)
+            inputs, targets = self.data.batch(step, self.task.batch, self.seed + draw * DRAWS)
             self.model.train()
             loss = _loss(self.model, inputs, targets)
             self.optimizer.zero_grad()
@@ -248,6 +250,21 @@ def _build(task: Task, seed: int, plan: LayerPlan) -> tuple[nn.Module, Mango]:
         raise ConfigError.of("task", task.name, "a model with a matrix of at least 4096 values that is not excluded")
     groups: list[dict[str, Any]] = [{"params": matrices, "plan": plan}, {"params": rest, "plan": None}]
     return model, Mango([group for group in groups if group["params"]], lr=task.lr, seed=seed, matmul="float32")
+
+
+@cache
+def warm_up(task: Task, actions: Actions, error: str) -> None:
+    """A step under every pair of precisions: compiled loops load when they are first called, and no run's seconds should hold that."""
+    model, optimizer = _build(task, 0, LayerPlan(error=error))
+    own = {name: plan for name, plan in optimizer.own_plans().items() if plan is not None}
+    for action, (rank, _, _) in enumerate(actions.table):
+        if rank == 0:
+            for name, plan in own.items():
+                optimizer.set_plan(name, actions.plan(action, plan))
+            optimizer.zero_grad()
+            _loss(model, *_data(task).batch(0, task.batch, 0)).backward()
+            optimizer.observe(True)
+            optimizer.step()
 
 
 @cache

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +18,12 @@ from mango.policy.base import LAYER, WORLD, Observation
 from mango.policy.environment import TrainingRun
 from mango.policy.tinyformer import Batch, LearnedPolicy
 
-VERSION = 1
+VERSION = 2  # 1 had no rewards
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What an expert saw and chose. Names, shapes and plans of the layers are not kept: a learned policy does not see them."""
+    """What an expert saw, chose and earned. Names, shapes and plans of the layers are not kept: a learned policy does not see them."""
 
     layers: Tensor  # (n, features)
     world: Tensor
@@ -32,7 +31,8 @@ class Decision:
     allowed: Tensor  # (n, A) bool
     budget: int | None
     choice: tuple[int, ...]
-    source: str  # expert, task, budget and seed: decisions of one episode have the same
+    reward: float  # of the steps that followed
+    source: str  # expert, task, budget and number: decisions of one episode have the same
 
     def observation(self) -> Observation:
         """As a learned policy takes it."""
@@ -47,8 +47,9 @@ def record(expert: Callable[[TrainingRun, Observation], list[int]], run: Trainin
     found, done, seen = [], False, run.reset()
     while not done:
         choice = expert(run, seen)
-        found.append(Decision(seen.layers, seen.world, seen.nbytes, seen.allowed, seen.budget, tuple(choice), source))
-        seen, _, done = run.step(choice)
+        after, reward, done = run.step(choice)
+        found.append(Decision(seen.layers, seen.world, seen.nbytes, seen.allowed, seen.budget, tuple(choice), reward, source))
+        seen = after
     return found
 
 
@@ -67,7 +68,7 @@ def save(path: Path, decisions: Sequence[Decision], actions: Actions) -> None:
         "layer": LAYER,
         "world": WORLD,
         "actions": asdict(actions),
-        "decisions": [{"source": d.source, "budget": d.budget} for d in decisions],
+        "decisions": [{"source": d.source, "budget": d.budget, "reward": d.reward} for d in decisions],
     }
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
 
@@ -86,7 +87,8 @@ def load(path: Path) -> tuple[list[Decision], Actions]:
     except (json.JSONDecodeError, library.SafetensorError) as error:
         raise ConfigError.of("traces", str(path), f"whole safetensors and JSON ({error})") from None
     if content.get("version") != VERSION or content.get("layer") != list(LAYER) or content.get("world") != list(WORLD):
-        raise ConfigError.of(f"version of {path}", content.get("version"), f"{VERSION}, with this version's features")
+        legal = f"{VERSION}, with this version's features: record them again with the workflow's rule policy_traces"
+        raise ConfigError.of(f"version of {path}", content.get("version"), legal)
     counts = tensors["count"].tolist()
     if len(content["decisions"]) != len(counts) or sum(counts) != len(tensors["choice"]) or len(tensors["layers"]) != sum(counts):
         raise ConfigError.of("traces", str(path), f"one row a layer and one entry a decision: {beside.name} and the tensors disagree")
@@ -95,7 +97,9 @@ def load(path: Path) -> tuple[list[Decision], Actions]:
     rows = zip(*(tensors[name].split(counts) for name in ("layers", "nbytes", "allowed", "choice")), tensors["world"], strict=True)
     for (layers, nbytes, allowed, choice, world), entry in zip(rows, content["decisions"], strict=True):
         check(choice.tolist(), nbytes, allowed, entry["budget"])
-        decisions.append(Decision(layers, world, nbytes, allowed, entry["budget"], tuple(choice.tolist()), entry["source"]))
+        decisions.append(
+            Decision(layers, world, nbytes, allowed, entry["budget"], tuple(choice.tolist()), entry["reward"], entry["source"])
+        )
     return decisions, actions
 
 
@@ -155,7 +159,17 @@ def without_signals(decision: Decision) -> Decision:
     return replace(decision, world=torch.where(torch.tensor([bool(name) for name in kept]), decision.world, 0.0))
 
 
-def describe(decisions: Sequence[Decision]) -> dict[str, Any]:
-    """Decisions by expert, for records."""
-    experts = [d.source.partition(" ")[0] for d in decisions]
-    return {expert: experts.count(expert) for expert in sorted(set(experts))}
+def returns(decisions: Sequence[Decision]) -> tuple[dict[str, float], int]:
+    """(expert -> mean return, number of episodes) over the episodes that every expert played, so that the means can be compared.
+
+    Raises: ConfigError when there is no such episode.
+    """
+    earned: dict[str, dict[str, float]] = {}
+    for d in decisions:
+        expert, _, episode = d.source.partition(" ")
+        played = earned.setdefault(expert, {})
+        played[episode] = played.get(episode, 0.0) + d.reward
+    common = set.intersection(*(set(played) for played in earned.values())) if earned else set()
+    if not common:
+        raise ConfigError.of("traces", sorted(earned), "experts that played the same episodes, at least one")
+    return {expert: sum(played[episode] for episode in common) / len(common) for expert, played in earned.items()}, len(common)

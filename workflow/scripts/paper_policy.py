@@ -85,10 +85,7 @@ def oracle(numbers: Numbers) -> str:
         r"\val{policy.tinyformer.behind}"
     )
     if numbers["policy.tinyformer.behind"] < 0.0:
-        return (
-            f"{text}: it is negative, as an oracle that looks one step ahead is no bound. It saves bytes whose worth shows only later, and "
-            "pays for changing its mind."
-        )
+        return f"{text}: it is negative, as an oracle that looks one step ahead is no bound."
     return f"{text}."
 
 
@@ -126,14 +123,30 @@ def behaviour(numbers: Numbers) -> str:
 
 
 def imitation(numbers: Numbers) -> str:
-    if numbers["policy.agreement.budget"] is None:
-        return "The policy file does not say how well it imitated its experts."
+    """How the learned policy came to be: which expert it was cloned from and why, how well that went, and what PPO added."""
+    best, experts = numbers["policy.expert"], numbers["policy.experts"]
+    earned = ", ".join(rf"{label(name)} \val{{policy.expert.{name}.return}}" for name in experts if name != "oracle")
+    agreement = ", ".join(rf"{label(name)} \val{{policy.expert.{name}.agreement}}" for name in experts)
+    text = rf"On \val{{policy.experts.runs}} training runs the rules earned so much: {earned}. "
+    if "oracle" in experts:
+        text += (
+            r"The greedy oracle earned \val{policy.expert.oracle.return} on the \val{policy.expert.oracle.runs} of them that it was "
+            r"recorded on, and the best rule \val{policy.expert.oracle.best_rule} there. "
+        )
+    text += (
+        rf"So the network was cloned from {label(best)}. What proximal policy optimisation made of the clone earned "
+        r"\val{policy.improved.ppo} on \val{policy.improved.runs} such runs, and the clone \val{policy.improved.clone}: "
+    )
+    text += "it was kept." if numbers["policy.improved.kept"] == "ppo" else "the clone is what is shipped and judged as TinyFormer."
+    text += f" On episodes that it had not seen, a clone takes the very action of its expert for so many of the layers: {agreement}."
+    if numbers.get("policy.expert.oracle.agreement", 1.0) < 0.9:
+        text += (
+            " The rules are functions of what the policy sees. The oracle's choices are not: even though a plan stays in force unless "
+            "several draws of batches tell a better one apart, they turn on the draws."
+        )
     return (
-        r"Before it was improved by PPO the network was cloned from the exact budget. On episodes that it had not seen, a clone takes the "
-        r"very action of its expert for \val{policy.agreement.budget} of the layers (exact budget), \val{policy.agreement.compams} "
-        r"(COMP-AMS) and \val{policy.agreement.oracle} (greedy oracle). "
-        "The first two are functions of what the policy sees. The oracle's choices are not: even with plans that a step's losses do not "
-        "tell apart counted as equal, they turn on the batch that comes next."
+        rf"{text} Over the policies of the comparison, the reward that they are trained on and the hypervolume have a rank correlation of "
+        r"\val{policy.orders}."
     )
 
 

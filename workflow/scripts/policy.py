@@ -14,7 +14,6 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -25,21 +24,21 @@ import torch
 from policy_evaluation import evaluate, settings_of, task_of
 from tqdm import tqdm
 
+from mango import policy as policies
 from mango.errors import ConfigError, MangoError
 from mango.policy import imitation, ppo, store
-from mango.policy.budget import Budget
+from mango.policy.actions import Actions
 from mango.policy.environment import TrainingRun
 from mango.policy.experts import Expert, Oracle, follow
-from mango.policy.rules import Uniform
 from mango.policy.workers import Episodes, Workers
 from mango.training import config
 
 HELD = 0.2  # share of the episodes of traces that imitation does not see
-EXPERTS: dict[str, Callable[[], Expert]] = {
-    "compams": lambda: follow(Uniform()),
-    "budget": lambda: follow(Budget()),
-    "oracle": Oracle,
-}
+RECORDED = (
+    1_000_000  # added to a training run's number for its seed where experts are recorded and policies compared: PPO plays other seeds
+)
+RULES = [name for name in policies.REGISTRY if name not in store.KINDS]
+ORACLE = "oracle"
 
 
 def environment(given: config.Policy, number: int, seed: int | None = None) -> TrainingRun:
@@ -51,37 +50,59 @@ def environment(given: config.Policy, number: int, seed: int | None = None) -> T
     return TrainingRun(task_of(task, given.train[task]), budget, number if seed is None else seed, settings_of(given))
 
 
+def episode(given: config.Policy, name: str, expert: Expert, number: int) -> list[imitation.Decision]:
+    """What an expert does on the training run of this number."""
+    run = environment(given, number, RECORDED + number)
+    return imitation.record(expert, run, f"{name} {run.task.name} {run.budget} {number}")
+
+
 def make_traces(given: config.Policy, out: Path) -> None:
+    """Every rule is an expert, and so is the greedy oracle. They take turns, so that a machine that slows down does so for all of them."""
+    experts = {name: follow(policies.REGISTRY.get(name)) for name in RULES}
     decisions = []
-    for name, expert in EXPERTS.items():
-        for number in tqdm(range(given.oracle_traces if name == "oracle" else given.traces), desc=name):
-            run = environment(given, number, seed=1000 + number)
-            decisions += imitation.record(expert(), run, f"{name} {run.task.name} {run.budget} {number}")
-    imitation.save(out, decisions, run.actions)
+    for number in tqdm(range(max(given.traces, given.oracle_traces))):
+        for name, expert in (experts if number < given.traces else {}).items():
+            decisions += episode(given, name, expert, number)
+        if number < given.oracle_traces:
+            decisions += episode(given, ORACLE, Oracle(), number)
+    imitation.save(out, decisions, Actions())
+
+
+def elect(decisions: list[imitation.Decision]) -> dict[str, Any]:
+    """The expert that earned most: the best rule of all runs, unless the oracle beats it on the few that it was recorded on."""
+    of = {name: [d for d in decisions if d.source.startswith(f"{name} ")] for name in (*RULES, ORACLE)}
+    earned, runs = imitation.returns([d for name in RULES for d in of[name]])
+    best = max(earned, key=earned.__getitem__)
+    found: dict[str, Any] = {"expert": best, "runs": runs, "experts": {name: {"return": value} for name, value in earned.items()}}
+    if of[ORACLE]:
+        pair, few = imitation.returns(of[best] + of[ORACLE])
+        found["experts"][ORACLE] = {"return": pair[ORACLE], "runs": few, "best_rule": pair[best]}
+        found["expert"] = max(pair, key=pair.__getitem__)
+    return found
 
 
 def imitate(given: config.Policy, traces: Path, kind: str, out: Path) -> None:
-    """Clones the exact budget; TinyFormer's agreement with each expert on held-out episodes is that of a clone of its own."""
+    """Clones the expert that earned most; TinyFormer's agreement with every other one is that of a clone of its own."""
     decisions, _ = imitation.load(traces)
-    report: dict[str, Any] = {"decisions": imitation.describe(decisions)}
-    shipped = None
-    for expert in EXPERTS if kind == "tinyformer" else ["budget"]:
+    report = elect(decisions)
+    best, experts = report["expert"], report["experts"]
+    for expert in experts if kind == "tinyformer" else [best]:
         own = [d for d in decisions if d.source.startswith(f"{expert} ")]
         seen, held = imitation.split(own, HELD)
         torch.manual_seed(0)
         learner = store.KINDS[kind]()
-        seen = seen + [imitation.without_signals(d) for d in seen]
-        losses = imitation.clone(learner, seen, given.epochs)
-        report[expert] = {"loss": losses[-1], "agreement": imitation.agreement(learner, held), "held": len(held)}
-        print(expert, report[expert], flush=True)
-        if expert == "budget":
-            shipped = learner
-    assert shipped is not None
-    store.save(shipped, out, {"imitation": report, "settings": given.model_dump(mode="json")})
+        losses = imitation.clone(learner, seen + [imitation.without_signals(d) for d in seen], given.epochs)
+        agreement = imitation.agreement(learner, held)
+        experts[expert] |= {"loss": losses[-1], "agreement": agreement, "seen": len(seen), "held": len(held)}
+        print(expert, experts[expert], flush=True)
+        if expert == best:
+            chosen = learner
+    store.save(chosen, out, {"imitation": report, "settings": given.model_dump(mode="json")})
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def improve(given: config.Policy, start: Path | None, kind: str, out: Path) -> None:
+    """PPO; what it made of a clone is kept if it earns more than the clone on the runs that experts were recorded on."""
     torch.manual_seed(0)
     learner = store.KINDS[kind]() if start is None else store.load(start)
     if not isinstance(learner, store.KINDS[kind]):
@@ -96,20 +117,22 @@ def improve(given: config.Policy, start: Path | None, kind: str, out: Path) -> N
         print(" ".join(f"{key} {value:.3f}" for key, value in curve[-1].items()), flush=True)
 
     settings = ppo.Config(iterations=given.iterations, episodes=given.episodes, lr=3e-4)
-    checkpoint, played = out.with_suffix(".pt"), out.with_suffix(".episodes")
-    episodes = Episodes(partial(environment, given), folder=played)
+    checkpoint, folder = out.with_suffix(".pt"), out.with_suffix(".episodes")
+    episodes = Episodes(partial(environment, given), folder=folder)
     with Workers(episodes, given.workers) if given.workers > 1 else nullcontext(episodes) as collect:
         ppo.train(ppo.Trainer(learner, settings), collect, report, checkpoint)
-    recipe: dict[str, Any] = {
-        "start": "imitation" if start else "random",
-        "ppo": asdict(settings),
-        "settings": given.model_dump(mode="json"),
-    }
+    recipe: dict[str, Any] = {"ppo": asdict(settings), "settings": given.model_dump(mode="json")}
     if start is not None:
-        recipe["imitation"] = store.header(start)["recipe"]["imitation"]
+        rivals = {"clone": store.load(start), "ppo": learner}
+        played = [d for number in range(given.traces) for name, each in rivals.items() for d in episode(given, name, follow(each), number)]
+        earned, runs = imitation.returns(played)
+        kept = max(earned, key=earned.__getitem__)
+        learner = rivals[kept]
+        recipe |= {"imitation": store.header(start)["recipe"]["imitation"], "improved": {"kept": kept, "runs": runs, "returns": earned}}
+        print(recipe["improved"], flush=True)
     store.save(learner, out, recipe)
     checkpoint.unlink()
-    shutil.rmtree(played)
+    shutil.rmtree(folder)
 
 
 def main() -> None:
