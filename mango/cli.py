@@ -280,6 +280,9 @@ class _Bars:
     def update(self, kind: str, done: int, total: int) -> None:
         if not self.enabled:
             return
+        if kind.endswith("/s"):
+            self.bar.set_postfix_str(f"{done:,} {kind}", refresh=False)
+            return
         if kind != self.kind:
             from mango.compat import require
 

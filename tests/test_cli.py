@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -287,3 +288,18 @@ def test_the_command_line_itself_imports_nothing_heavy() -> None:
 def test_a_table_aligns_its_columns() -> None:
     rows = [{"name": "nf4", "ratio": 0.123456}, {"name": "int8", "ratio": None, "bytes": 5}]
     assert cli.table(rows).splitlines() == ["name  ratio   bytes", "nf4   0.1235", "int8          5"]
+
+
+def test_the_bar_of_the_steps_shows_how_many_images_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with cli._Bars(True) as bars:
+        bars.update("images decoded", 640, 0)
+        bars.update("steps", 1, 4)
+        bars.update("images/s", 1234, 0)
+        bars.bar.refresh()
+    assert "images decoded" in terminal.getvalue() and "1,234 images/s" in terminal.getvalue()

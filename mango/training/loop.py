@@ -44,7 +44,8 @@ from mango.training.summary import Counters, plan_of
 TOP5_FROM = 11  # classes: with fewer, five guesses say little
 # by name: runs without one do not depend on its code
 CONVERSIONS = Registry("conversion", {"mole": "mango.training.mole:MoleRun", "lora": "mango.models.adapters:adapt"})
-Progress = Callable[[str, int, int], None]  # what is done ("images decoded", "steps"), how many so far, of how many (0 = unknown)
+# what is done ("images decoded", "steps"), how many so far, of how many (0 = unknown); a rate ("images/s") of the steps, its value and 0
+Progress = Callable[[str, int, int], None]
 
 
 @runtime_checkable
@@ -272,6 +273,7 @@ class _Trainer:
             self.optimizer.signal(loss=counters.train_loss, progress=counters.step / self.config.train.steps)
         self._write("train", counters.train_loss, self.data.scores("train", counters.train_loss, counters.correct / counters.seen))
         counters.losses, counters.correct, counters.seen = [], 0, 0
+        self.progress(f"{self.data.unit}/s", round(counters.trained / counters.step_seconds), 0)
 
     @torch.no_grad()
     def _evaluate(self) -> None:
