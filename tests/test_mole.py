@@ -62,6 +62,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
         ("sketch_basis", "svd", "one of scouts, random"),
         ("residual", "some", "one of none, carried, unbiased"),
         ("health", "hide", "one of off, repair, stop"),
+        ("matmul", "int8", "one of auto, fp8"),
         ("derivative_store", "sketch", "null or one of dense, bf16, int8, nf4, int4, int2"),
         ("block", 48, "a power of two from 8 to 65536"),
         ("chunk", 0, "an integer >= 1"),

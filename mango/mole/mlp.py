@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from mango.mole import pair
+from mango.mole import pair, products
 from mango.mole.activations import hidden
 from mango.mole.deferred import Deferred, Pending, Read, places
 from mango.mole.layer import Layer, chunks, unflatten
@@ -20,7 +19,7 @@ from mango.mole.stores import Saved, load, save
 
 
 class MoleMLP(nn.Module):
-    r"""down(f(up(x))) or down(f(gate(x)) ∘ up(x)), whose output is exact and whose backward pass reads codes.
+    r"""down(f(up(x))) or down(f(gate(x)) ∘ up(x)), whose output is exact (but with ``matmul="fp8"``) and whose backward pass reads codes.
 
     Between two linear layers the chain rule needs the hidden layer h, for the gradient of ``down``, and its partial derivatives by what
     comes out of the first layers. Every gradient is linear in each of them and in the input, so unbiased codes drawn independently give
@@ -86,8 +85,8 @@ class _MLP(torch.autograd.Function):
         y = x.new_empty(sum(map(len, parts)), weights[down].shape[0], dtype=dtype)
         with without_autocast(x):
             for place, part, into in zip(kept, parts, chunks(y, config.chunk), strict=True):
-                value, partials = _hidden(activation, part.to(dtype), weights, biases)
-                torch.mm(value, weights[down].mT, out=into)
+                value, partials = _hidden(mlp, part.to(dtype), weights, biases)
+                products.forward(value, weights[down], config.matmul, out=into)
                 if (bias := biases[down]) is not None:
                     into.add_(bias)
                 if config.hidden == "codes":
@@ -120,17 +119,17 @@ class _MLP(torch.autograd.Function):
         for number, part in enumerate(parts):
             first, *rest = saved[number * each : (number + 1) * each]
             x = cache(partial(load, first))
-            reads = _reads(rest) if rest else [held.detach for held in _flat(_hidden(mlp.pattern.activation, x(), weights, biases))]
+            reads = _reads(rest) if rest else [held.detach for held in _flat(_hidden(mlp, x(), weights, biases))]
             ctx.pending[down].add(part, reads.pop(0))
             _sum(sums, down, part, params)
-            dvalue = part @ weights[down]  # (tokens, hidden)
+            dvalue = products.backward(part, weights[down], config.matmul)  # (tokens, hidden)
             target = next(into, None)
             for place in range(down):
                 dpre = torch.mul(dvalue, reads.pop(0)(), out=dvalue if place == down - 1 else None)
                 ctx.pending[place].add(dpre, x)
                 _sum(sums, place, dpre, params)
                 if target is not None:
-                    torch.mm(dpre, weights[place], out=target) if place == 0 else target.addmm_(dpre, weights[place])
+                    products.backward(dpre, weights[place], config.matmul, out=target, add=place > 0)
         return None if dx is None else dx.view(shape).to(given), *(None,) * (3 + 2 * count), *sums
 
 
@@ -141,8 +140,10 @@ def _cast(params: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[list[T
     return weights, [None if bias is None else bias.to(dtype) for bias in params[half:]]
 
 
-def _hidden(activation: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-    return hidden(activation, [functional.linear(x, weight, bias) for weight, bias in zip(weights[:-1], biases[:-1], strict=True)])
+def _hidden(mlp: MoleMLP, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+    matmul = mlp.mole[0].config.matmul
+    pre = [products.linear(x, weight, bias, matmul) for weight, bias in zip(weights[:-1], biases[:-1], strict=True)]
+    return hidden(mlp.pattern.activation, pre)
 
 
 def _keep(activation: str, value: Tensor, partials: list[Tensor], layers: list[Layer]) -> list[Saved]:
