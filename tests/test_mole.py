@@ -62,6 +62,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
         ("sketch_basis", "svd", "one of scouts, random"),
         ("residual", "some", "one of none, carried, unbiased"),
         ("health", "hide", "one of off, repair, stop"),
+        ("matmul", "int8", "one of auto, fp8"),
         ("derivative_store", "sketch", "null or one of dense, bf16, int8, nf4, int4, int2"),
         ("block", 48, "a power of two from 8 to 65536"),
         ("chunk", 0, "an integer >= 1"),
@@ -267,6 +268,41 @@ def test_under_activation_checkpointing(store: str) -> None:
     close(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["relu2", "gated silu"])
+def test_an_mlp_gives_what_autograd_is_asked_for(kind: str) -> None:
+    """Its weights' gradients are made at places of their own in the graph: any of them alone, twice over, through hooks, recomputed."""
+    from torch.func import functional_call
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = residual(kind), torch.randn(5, 64, requires_grad=True)
+    params = dict(model.named_parameters())
+    inputs = [x, *params.values()]
+    expected = torch.autograd.grad(model(x).sin().sum(), inputs)
+    convert(model, MoleConfig(**EXACT))
+
+    def same(found: list[Tensor]) -> None:
+        close(dict(enumerate(found)), dict(enumerate(expected)))
+
+    y = model(x).sin().sum()
+    same([torch.autograd.grad(y, [one], retain_graph=True)[0] for one in inputs])
+    y.backward(retain_graph=True)
+    y.backward()
+    same([one.grad / 2 for one in inputs])
+    for reentrant in (True, False):
+        model.zero_grad()
+        x.grad = None
+        hooks = [p.register_hook(lambda grad: 2 * grad) for p in params.values()]
+        checkpoint(model, x, use_reentrant=reentrant).sin().sum().backward()
+        for hook in hooks:
+            hook.remove()
+        same([x.grad, *(p.grad / 2 for p in params.values())])
+    same(torch.autograd.grad(functional_call(model, {n: 1.0 * p for n, p in params.items()}, (x,)).sin().sum(), inputs))  # not leaves
+    model.zero_grad()
+    twice = torch.autograd.grad(model(model(x)).sum(), inputs)
+    revert(model)
+    close(dict(enumerate(twice)), dict(enumerate(torch.autograd.grad(model(model(x)).sum(), inputs))))
+
+
 def test_a_weight_used_twice_gets_both_gradients() -> None:
     torch.manual_seed(0)
     shared = nn.Linear(64, 64)
@@ -413,7 +449,8 @@ def test_relu2_and_its_derivative_share_one_code() -> None:
     """Unbiased, both; less than a third of the variance of codes of two bits each, in no more bytes."""
     torch.manual_seed(0)
     r, draws, codec = torch.randn(1000).relu_(), 2000, codecs.get("int2", block=64)  # the last block is short
-    found = [torch.stack(both) for both in zip(*(pair.load(pair.save(r, 64, "mlp")) for _ in range(draws)), strict=True)]
+    saved = [pair.save(r, 64, "mlp") for _ in range(draws)]
+    found = [torch.stack([read(one) for one in saved]) for read in (pair.value, pair.derivative)]
     for exact, each in zip((r.square(), 2 * r), found, strict=True):
         axes = torch.stack([exact, exact.sign(), *torch.randn(8, 1000)])
         errors = (each - exact) @ axes.mT  # (draws, axes)
@@ -421,8 +458,9 @@ def test_relu2_and_its_derivative_share_one_code() -> None:
         separate = sum(float((codec.decode(codec.encode(exact)) - exact).square().sum()) for _ in range(50)) / 50
         assert float((each - exact).square().sum()) / draws < separate / 3
     assert pair.save(r, 64, "mlp").nbytes == 500 + 2 * 16 < 2 * codec.nbytes((1000,))
-    value, derivative = pair.load(pair.save(torch.zeros(3, 5).bfloat16(), 64, "mlp"))
-    assert value.dtype == torch.bfloat16 and value.shape == (3, 5) and not value.any() and not derivative.any()
+    for read in (pair.value, pair.derivative):
+        zeros = read(pair.save(torch.zeros(3, 5).bfloat16(), 64, "mlp"))
+        assert zeros.dtype == torch.bfloat16 and zeros.shape == (3, 5) and not zeros.any()
     with pytest.raises(NonFinite, match="the input of mlp holds NaN"):
         pair.save(torch.tensor([1.0, float("nan")]), 64, "mlp")
 

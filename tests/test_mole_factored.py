@@ -270,6 +270,33 @@ def test_whitening_makes_directions_equal_and_independent() -> None:
     assert torch.allclose(step @ step.mT / 400, torch.eye(8), atol=1e-3)
 
 
+@pytest.mark.parametrize(("scaling", "solver"), [("whiten", "cholesky"), ("muon", "eigh")])
+def test_small_problems_of_one_size_are_solved_together(scaling: str, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers, two ranks: two calls a step, and each layer is stepped as it is alone."""
+    shapes, calls, inner = [(8, 40), (8, 24), (5, 40)], [], getattr(torch.linalg, solver)
+
+    def counted(matrices: Tensor) -> object:
+        calls.append(matrices.shape)
+        return inner(matrices)
+
+    def stepped(together: bool) -> list[Tensor]:
+        params = [nn.Parameter(torch.zeros(8, n)) for _, n in shapes]
+        optimizers = [MoleOptimizer(some, lr=0.1, scaling=scaling) for some in ([params] if together else [[p] for p in params])]
+        for step in range(3):
+            for number, (param, (k, n)) in enumerate(zip(params, shapes, strict=True)):
+                basis = orthonormalize(gaussian((8, k), (step, number)))
+                leave(param, Factors(basis, gaussian((k, n), (step, number, 1)), columns=False))
+            for optimizer in optimizers:
+                optimizer.step()
+        return [param.detach() for param in params]
+
+    alone = stepped(together=False)
+    monkeypatch.setattr(torch.linalg, solver, counted)
+    for one, two in zip(stepped(together=True), alone, strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
+    assert calls == 3 * [(2, 8, 8), (1, 5, 5)]
+
+
 def test_factors_that_are_not_finite_change_nothing() -> None:
     param, other = nn.Parameter(torch.ones(8, 12)), nn.Parameter(torch.ones(3))
     other.grad = torch.ones(3)

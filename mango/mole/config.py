@@ -19,6 +19,7 @@ HIDDEN = ("codes", "recompute")
 SKETCHES = ("scouts", "random")
 RESIDUALS = ("none", "carried", "unbiased")
 HEALTH = ("off", "repair", "stop")
+MATMUL = ("auto", "fp8")
 
 Predicate = Callable[[str, nn.Module], bool]
 
@@ -45,6 +46,10 @@ class MoleConfig:
             of the input. Then memory does not grow with the hidden layer, but rounding passes through the activation.
         derivative_store: the store of the activation's derivatives; None = ``store``.
         chunk: tokens that are worked on at a time in a converted MLP and in encoding; None = all.
+        matmul: of the forward product and of that with the input's gradient while training: "auto", in the dtype of the input or of
+            autocast, exact; or "fp8", in eight-bit floats with a scale for each tensor (see mango.mole.products), on cards that have
+            units for them (compute capability 8.9 and later), for weights both of whose dimensions are multiples of 16. Then output
+            and input's gradient are rounded too; the weight's gradient is still formed from the codes.
         rank: columns of the basis for "sketch" and "factored": an integer, or a fraction in (0, 1] of the smaller dimension.
         power_iters: power steps a training step.
         scouts: columns that start each step as fresh Gaussian directions (T3).
@@ -82,6 +87,7 @@ class MoleConfig:
     hidden: str = "codes"
     derivative_store: str | None = None
     chunk: int | None = None
+    matmul: str = "auto"
     rank: int | float = 32
     power_iters: int = 1
     scouts: int = 1
@@ -159,6 +165,7 @@ _CHOICES = {
     "sketch_basis": SKETCHES,
     "residual": RESIDUALS,
     "health": HEALTH,
+    "matmul": MATMUL,
 }
 _COUNTS = {"min_features": 1, "power_iters": 1, "scouts": 0, "probes": 2, "diagnostics_every": 0, "shadow_every": 0, "seed": 0}
 

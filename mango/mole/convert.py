@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mango.errors import ConfigError
-from mango.mole import norm, recognise
+from mango.mole import norm, products, recognise
 from mango.mole.config import TARGETS, MoleConfig
 from mango.mole.layer import Layer
 from mango.mole.linear import MoleLinear
@@ -55,10 +55,15 @@ def convert(model: nn.Module, config: MoleConfig) -> Report:
 
     Returns: what was converted, what was not, and why.
 
-    Raises: ConfigError when nothing is converted, or when the model holds converted layers already.
+    Raises: ConfigError when nothing is converted, when the model holds converted layers already, or when a device lacks the units that
+        ``config.matmul`` asks for.
     """
     if any(hasattr(module, "mole") for module in model.modules()):
         raise ConfigError.of("model", type(model).__name__, "a model without converted layers: revert(model) first")
+    if config.matmul == "fp8":
+        for device in {parameter.device for parameter in model.parameters()}:
+            if not products.units(device):
+                raise ConfigError.of("mole.matmul", "fp8", f"auto: {device} has no units for eight-bit floats")
     report, shared = Report(), Shared()
     tied = _tied(model)
     candidates: dict[str, nn.Linear] = {}
@@ -152,6 +157,8 @@ def _refused(name: str, module: nn.Module, config: MoleConfig, tied: dict[Tensor
         return "its weight is frozen, so its input is not kept anyway"
     if module.in_features < config.min_features:
         return f"its {module.in_features} inputs are fewer than min_features = {config.min_features}"
+    if config.matmul == "fp8" and any(size % products.MULTIPLE for size in module.weight.shape):
+        return f"its weight is {tuple(module.weight.shape)}, and fp8 needs multiples of {products.MULTIPLE}"
     users = [user for user in tied[module.weight] if user != name]
     if users and config.gradient == "factored" and not config.fill_grad:
         return f"its weight is that of {users[0]} too, whose gradient is formed: factored gradients need fill_grad"

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from mango.mole import products
 from mango.mole.layer import Layer, chunks, unflatten
 from mango.mole.stores import Saved, load
 
 
 class MoleLinear(nn.Linear):
-    """y = x Wᵀ + bias, whose backward pass reads the input from its code. The output and the input's gradient are exact.
+    """y = x Wᵀ + bias, whose backward pass reads the input from its code. The output and the input's gradient are exact, but with
+    ``matmul="fp8"``.
 
     It takes the place of a linear layer and shares its parameters, buffers and hooks, so that optimizers and checkpoints see no difference.
 
@@ -53,14 +55,17 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(weight, *(tensor for part in saved for tensor in part.tensors))
         ctx.module, ctx.dtype, ctx.forms, ctx.input = module, dtype, [part.form for part in saved], x.dtype
         with without_autocast(x):
-            return functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            return products.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), module.mole.config.matmul)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
         layer, saved = ctx.module.mole, unflatten(tensors, ctx.forms)
-        dx = (dy @ weight.to(ctx.dtype)).to(ctx.input) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            b = dy.reshape(-1, dy.shape[-1])
+            dx = products.backward(b, weight.to(ctx.dtype), layer.config.matmul).view(*dy.shape[:-1], weight.shape[1]).to(ctx.input)
         gradient = layer.gradient(saved[0])
         for one, b in zip(saved, chunks(dy, layer.config.chunk), strict=True):
             gradient.add(b, load(one))

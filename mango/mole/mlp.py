@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from mango.mole import pair
+from mango.mole import pair, products
 from mango.mole.activations import hidden
+from mango.mole.deferred import Deferred, Pending, Read, places
 from mango.mole.layer import Layer, chunks, unflatten
 from mango.mole.linear import adopt, compute_dtype, without_autocast
 from mango.mole.recognise import Pattern
@@ -18,13 +19,17 @@ from mango.mole.stores import Saved, load, save
 
 
 class MoleMLP(nn.Module):
-    r"""down(f(up(x))) or down(f(gate(x)) ∘ up(x)), whose output is exact and whose backward pass reads codes.
+    r"""down(f(up(x))) or down(f(gate(x)) ∘ up(x)), whose output is exact (but with ``matmul="fp8"``) and whose backward pass reads codes.
 
     Between two linear layers the chain rule needs the hidden layer h, for the gradient of ``down``, and its partial derivatives by what
     comes out of the first layers. Every gradient is linear in each of them and in the input, so unbiased codes drawn independently give
     unbiased gradients, of the weights and of the input, whatever f is. That is ``hidden="codes"``. ``hidden="recompute"`` keeps the code
     of the input alone and computes the rest again from it: what the MLP needs then does not grow with the hidden layer nor, with
     ``chunk``, with the number of tokens, but the rounding of the input passes through f, which a coarse code makes felt.
+
+    One weight's gradient is alive at a time: the backward pass leaves the operands, and autograd accumulates each gradient, and a fused
+    step uses it up, before the next is made (see mango.mole.deferred). With several chunks the sums of all weights grow side by side,
+    because one at a time would take as many backward passes as there are weights.
 
     Args:
         original: the module it stands for; its linear layers stay its children, and their parameters are used.
@@ -41,7 +46,9 @@ class MoleMLP(nn.Module):
         if not (torch.is_grad_enabled() and all(weight.requires_grad for weight in weights)):
             return self.__dict__["original"](x)
         biases = (self._linear(name)._parameters["bias"] for name in self._names())
-        y: Tensor = _MLP.apply(x, self, compute_dtype(x), *weights, *biases)
+        pending: Pending = {}
+        stands = places(weights, pending)  # the weights themselves go in without gradients
+        y: Tensor = _MLP.apply(x, self, compute_dtype(x), pending, *stands, *(weight.detach() for weight in weights), *biases)
         return y
 
     def matrices(self) -> list[Tensor]:
@@ -63,8 +70,9 @@ class MoleMLP(nn.Module):
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mlp: MoleMLP, dtype: torch.dtype, *params: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mlp: MoleMLP, dtype: torch.dtype, pending: Pending, *inputs: Tensor | None) -> Tensor:
         layers, config, activation = mlp.mole, mlp.mole[0].config, mlp.pattern.activation
+        params = inputs[len(layers) :]  # behind the stand-ins: weights, biases
         weights, biases = _cast(params, dtype)
         down = len(layers) - 1
         kept = [[part] for part in layers[0].save(x, dtype)]  # for each chunk: the input, then the hidden layer and its derivatives
@@ -77,8 +85,8 @@ class _MLP(torch.autograd.Function):
         y = x.new_empty(sum(map(len, parts)), weights[down].shape[0], dtype=dtype)
         with without_autocast(x):
             for place, part, into in zip(kept, parts, chunks(y, config.chunk), strict=True):
-                value, partials = _hidden(activation, part.to(dtype), weights, biases)
-                torch.mm(value, weights[down].mT, out=into)
+                value, partials = _hidden(mlp, part.to(dtype), weights, biases)
+                products.forward(value, weights[down], config.matmul, out=into)
                 if (bias := biases[down]) is not None:
                     into.add_(bias)
                 if config.hidden == "codes":
@@ -88,7 +96,7 @@ class _MLP(torch.autograd.Function):
         layers[down].remember(truth)
         saved = [one for place in kept for one in place]
         ctx.save_for_backward(*params, *(tensor for one in saved for tensor in one.tensors))
-        ctx.mlp, ctx.dtype, ctx.input, ctx.forms = mlp, dtype, (x.shape, x.dtype), [one.form for one in saved]
+        ctx.mlp, ctx.dtype, ctx.pending, ctx.input, ctx.forms = mlp, dtype, pending, (x.shape, x.dtype), [one.form for one in saved]
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -97,37 +105,32 @@ class _MLP(torch.autograd.Function):
         mlp: MoleMLP = ctx.mlp
         layers, config, dtype = mlp.mole, mlp.mole[0].config, ctx.dtype
         count, down = len(layers), len(layers) - 1
-        params, saved = ctx.saved_tensors[: 2 * count], unflatten(ctx.saved_tensors[2 * count :], ctx.forms)
+        tensors = ctx.saved_tensors  # asked for once: activation checkpointing gives them once
+        params, saved = tensors[: 2 * count], unflatten(tensors[2 * count :], ctx.forms)
         weights, biases = _cast(params, dtype)
-        gradients = [layer.gradient(saved[0]) for layer in layers]
         sums: list[Tensor | None] = [None] * count  # of the biases
         shape, given = ctx.input
         dx = dy.new_empty(dy.numel() // dy.shape[-1], shape[-1]) if ctx.needs_input_grad[0] else None
-        each = len(saved) // len(chunks(dy, config.chunk))
+        parts = chunks(dy, config.chunk)
+        each = len(saved) // len(parts)
         into = iter(chunks(dx, config.chunk)) if dx is not None else iter(())
-        for number, part in enumerate(chunks(dy, config.chunk)):
+        for place, weight in enumerate(mlp.matrices()):
+            ctx.pending[place] = Deferred(layers[place].gradient(saved[0]), weight, sums=len(parts) > 1)
+        for number, part in enumerate(parts):
             first, *rest = saved[number * each : (number + 1) * each]
-            x = load(first)
-            value, *partials = _restore(rest) if rest else _flat(_hidden(mlp.pattern.activation, x, weights, biases))
-            gradients[down].add(part, value)
+            x = cache(partial(load, first))
+            reads = _reads(rest) if rest else [held.detach for held in _flat(_hidden(mlp, x(), weights, biases))]
+            ctx.pending[down].add(part, reads.pop(0))
             _sum(sums, down, part, params)
-            dvalue = part @ weights[down]  # (tokens, hidden)
-            del value
+            dvalue = products.backward(part, weights[down], config.matmul)  # (tokens, hidden)
             target = next(into, None)
             for place in range(down):
-                last = place == down - 1
-                dpre = torch.mul(dvalue, partials[place], out=dvalue if last and config.gradient == "formed" else None)
-                gradients[place].add(dpre, x)
+                dpre = torch.mul(dvalue, reads.pop(0)(), out=dvalue if place == down - 1 else None)
+                ctx.pending[place].add(dpre, x)
                 _sum(sums, place, dpre, params)
                 if target is not None:
-                    torch.mm(dpre, weights[place], out=target) if place == 0 else target.addmm_(dpre, weights[place])
-        return (
-            None if dx is None else dx.view(shape).to(given),
-            None,
-            None,
-            *(gradient.finish(weight) for gradient, weight in zip(gradients, mlp.matrices(), strict=True)),
-            *sums,
-        )
+                    products.backward(dpre, weights[place], config.matmul, out=target, add=place > 0)
+        return None if dx is None else dx.view(shape).to(given), *(None,) * (3 + 2 * count), *sums
 
 
 def _cast(params: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -137,8 +140,10 @@ def _cast(params: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[list[T
     return weights, [None if bias is None else bias.to(dtype) for bias in params[half:]]
 
 
-def _hidden(activation: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-    return hidden(activation, [functional.linear(x, weight, bias) for weight, bias in zip(weights[:-1], biases[:-1], strict=True)])
+def _hidden(mlp: MoleMLP, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+    matmul = mlp.mole[0].config.matmul
+    pre = [products.linear(x, weight, bias, matmul) for weight, bias in zip(weights[:-1], biases[:-1], strict=True)]
+    return hidden(mlp.pattern.activation, pre)
 
 
 def _keep(activation: str, value: Tensor, partials: list[Tensor], layers: list[Layer]) -> list[Saved]:
@@ -157,9 +162,11 @@ def _keep(activation: str, value: Tensor, partials: list[Tensor], layers: list[L
     return saved
 
 
-def _restore(saved: list[Saved]) -> list[Tensor]:
-    """The hidden layer and its derivatives."""
-    return [*pair.load(saved[0])] if saved[0].form.kind == pair.KIND else [load(one) for one in saved]
+def _reads(saved: list[Saved]) -> list[Read]:
+    """The hidden layer and its derivatives, from their codes."""
+    if saved[0].form.kind == pair.KIND:
+        return [partial(pair.value, saved[0]), partial(pair.derivative, saved[0])]
+    return [partial(load, one) for one in saved]
 
 
 def _flat(found: tuple[Tensor, list[Tensor]]) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class MoleOptimizer(KeepsTypes):
         W &\leftarrow (1 - \eta\lambda) W - \eta P A
 
     Directions that are new to the basis have no history and are taken to have had the present factor all along, as in mango.Mango.
-    Parameters with a gradient of their own are stepped by AdamW. Factors are consumed by the step.
+    Parameters with a gradient of their own are stepped by AdamW. Factors are consumed by the step. The (k, k) problems of "whiten" and
+    "muon" are solved in one call for all layers of a group that have the same k.
     A state may be loaded under another rank than it was saved with: its moments are carried to the present basis.
 
     Args:
@@ -96,11 +98,16 @@ class MoleOptimizer(KeepsTypes):
         for group, params, grads, factored in work:
             step_group(group, params, grads, self.state)
             for param, factors, _ in factored:
-                self._step_factored(group, param, factors)
+                self._track(group, self.state[param], factors)
+            roots = self._roots(group, [self.state[param] for param, _, _ in factored])
+            for (param, factors, _), root in zip(factored, roots, strict=True):
+                self._apply(group, param, factors, root)
         return loss
 
-    def _step_factored(self, group: dict[str, Any], param: Tensor, factors: Factors) -> None:
-        state, (beta1, beta2), u = self.state[param], group["betas"], factors.coefficients  # (k, n)
+    @staticmethod
+    def _track(group: dict[str, Any], state: dict[str, Any], factors: Factors) -> None:
+        """Move the moments of one parameter."""
+        (beta1, beta2), u = group["betas"], factors.coefficients  # (k, n)
         scaling = group["scaling"]
         step = state["step"] = state.get("step", 0) + 1
         second = {
@@ -125,31 +132,65 @@ class MoleOptimizer(KeepsTypes):
                 fresh = (new * catch2 + 1.0 - beta2).view(-1, *(1,) * (now.ndim - 1))
                 v = beta2 * (r.square() @ state["second"]) + now * fresh
         state.update(basis=factors.basis, first=m, second=v)
-        direction = self._direction(scaling, m / (1.0 - beta1**step), v / (1.0 - beta2**step), group["eps"], param)
-        update = factors.basis @ direction  # (small, n)
-        if factors.extra is not None:  # an unbiased rest has no moments: it is scaled as the factors were
-            update.addmm_(*factors.extra, alpha=float(direction.norm() / u.norm().clamp_min(1e-30)))
-        if group["weight_decay"]:
-            param.mul_(1.0 - float(group["lr"]) * group["weight_decay"])
-        param.add_((update.mT if factors.columns else update).to(param.dtype), alpha=-float(group["lr"]))
 
     @staticmethod
-    def _direction(scaling: str, m: Tensor, v: Tensor, eps: float, param: Tensor) -> Tensor:
-        """A (k, n) from the corrected moments."""
-        if scaling == "adam":
-            return m / (v.sqrt() + eps)
-        if scaling == "eigen":
-            return m / (v.sqrt() + eps).unsqueeze(1)
-        if scaling == "whiten":
-            # a floor relative to the largest direction keeps the factorisation defined when directions die out
-            floor = eps**2 + 1e-6 * v.diagonal().amax().clamp_min(torch.finfo(v.dtype).tiny)
-            lower = torch.linalg.cholesky(v + floor * torch.eye(len(v), dtype=v.dtype, device=v.device))
-            return torch.linalg.solve_triangular(lower, m, upper=False)
-        values, vectors = torch.linalg.eigh(m @ m.mT)
-        inverse = torch.where(values > 1e-10 * values[-1].clamp_min(torch.finfo(values.dtype).tiny), values, torch.inf).rsqrt()
-        polar = vectors @ (inverse.unsqueeze(1) * (vectors.mT @ m))
-        return polar * MUON_RMS * (param.numel() / len(m)) ** 0.5
+    def _roots(group: dict[str, Any], states: Sequence[dict[str, Any]]) -> list[Tensor | None]:
+        """For each parameter the (k, k) matrix of its scaling: L of "whiten", (M Mᵀ)^(-1/2) of "muon", None of the others."""
+        if group["scaling"] == "whiten":
+            covariances = [state["second"] / (1.0 - group["betas"][1] ** state["step"]) for state in states]
+            return _batched(partial(_cholesky, eps=group["eps"]), covariances)
+        if group["scaling"] == "muon":
+            return _batched(_inverse_root, [state["first"] @ state["first"].mT for state in states])
+        return [None] * len(states)
+
+    def _apply(self, group: dict[str, Any], param: Tensor, factors: Factors, root: Tensor | None) -> None:
+        """Step one parameter along P A, by its moments."""
+        direction, lr = self._direction(group, self.state[param], root, param), float(group["lr"])
+        update = factors.basis @ direction  # (small, n)
+        if factors.extra is not None:  # an unbiased rest has no moments: it is scaled as the factors were
+            update.addmm_(*factors.extra, alpha=float(direction.norm() / factors.coefficients.norm().clamp_min(1e-30)))
+        if group["weight_decay"]:
+            param.mul_(1.0 - lr * group["weight_decay"])
+        param.add_((update.mT if factors.columns else update).to(param.dtype), alpha=-lr)
+
+    @staticmethod
+    def _direction(group: dict[str, Any], state: dict[str, Any], root: Tensor | None, param: Tensor) -> Tensor:
+        """A (k, n)."""
+        m, scaling = state["first"], group["scaling"]
+        if root is not None and scaling == "muon":  # the polar factor does not depend on the size of M
+            return root @ m * (MUON_RMS * (param.numel() / len(m)) ** 0.5)
+        m = m / (1.0 - group["betas"][0] ** state["step"])
+        if root is not None:
+            return torch.linalg.solve_triangular(root, m, upper=False)
+        deviation = (state["second"] / (1.0 - group["betas"][1] ** state["step"])).sqrt() + group["eps"]
+        return m / (deviation if scaling == "adam" else deviation.unsqueeze(1))
 
     def nbytes(self) -> int:
         """Bytes of every tensor kept between steps."""
         return sum(value.nbytes for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
+
+
+def _batched(solve: Callable[[Tensor], Tensor], matrices: Sequence[Tensor]) -> list[Tensor | None]:
+    """solve(matrix) of each, in one call for those of one shape. It saves launches on an accelerator; a CPU takes the same time."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        groups.setdefault((matrix.shape, matrix.device, matrix.dtype), []).append(place)
+    found: list[Tensor | None] = [None] * len(matrices)
+    for places in groups.values():
+        for place, solved in zip(places, solve(torch.stack([matrices[place] for place in places])), strict=True):
+            found[place] = solved
+    return found
+
+
+def _cholesky(c: Tensor, eps: float) -> Tensor:
+    """L (layers, k, k) with L Lᵀ = C + floor: relative to the largest direction, it keeps L defined when directions die out."""
+    floor = eps**2 + 1e-6 * c.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(c.dtype).tiny)  # (layers,)
+    return torch.linalg.cholesky(c + floor[:, None, None] * torch.eye(c.shape[-1], dtype=c.dtype, device=c.device))
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """gram^(-1/2) (layers, k, k) on the span of the directions that are there."""
+    values, vectors = torch.linalg.eigh(gram)
+    least = 1e-10 * values[:, -1:].clamp_min(torch.finfo(values.dtype).tiny)
+    inverse = torch.where(values > least, values, torch.inf).rsqrt()
+    return (vectors * inverse.unsqueeze(1)) @ vectors.mT

@@ -56,17 +56,26 @@ def save(r: Tensor, block: int, name: str) -> Saved:
     return Saved((codes, steps.to(torch.bfloat16)), Form(KIND, r.shape, r.dtype, ("codes", "steps"), block))
 
 
-def load(saved: Saved) -> tuple[Tensor, Tensor]:
-    """The value r² and the derivative 2 r, (tokens, hidden) in the dtype of r, each without bias but for rounding to that dtype."""
-    (codes, held), form = saved
-    value, derivative = (torch.empty(form.shape, dtype=form.dtype, device=codes.device) for _ in range(2))
-    steps = held.to(torch.float32)
+def value(saved: Saved) -> Tensor:
+    """The value r², (tokens, hidden) in the dtype of r, without bias but for rounding to that dtype."""
+    codes, steps = saved.tensors
+    return _decode(saved, _tables(codes.device)[0], steps.to(torch.float32).square())
+
+
+def derivative(saved: Saved) -> Tensor:
+    """The derivative 2 r, likewise."""
+    codes, steps = saved.tensors
+    return _decode(saved, _tables(codes.device)[1], steps.to(torch.float32))
+
+
+def _decode(saved: Saved, table: Tensor, scales: Tensor) -> Tensor:
+    (codes, _), form = saved
+    out = torch.empty(form.shape, dtype=form.dtype, device=codes.device)
     for lo, hi, width, first, last in parts(form.shape.numel(), form.block, codes.device):
-        index, step = codes[lo * BITS // 8 : -(-hi * BITS // 8)].to(torch.int32), steps[first:last].unsqueeze(1)
-        for out, table, scale in zip((value, derivative), _tables(codes.device), (step.square(), step), strict=True):
-            found = table.index_select(0, index).view(torch.float32)[: hi - lo].view(-1, width)
-            out.view(-1)[lo:hi].view(-1, width).copy_(found.mul_(scale))
-    return value, derivative
+        index = codes[lo * BITS // 8 : -(-hi * BITS // 8)].to(torch.int32)
+        found = table.index_select(0, index).view(torch.float32)[: hi - lo].view(-1, width)
+        out.view(-1)[lo:hi].view(-1, width).copy_(found.mul_(scales[first:last].unsqueeze(1)))
+    return out
 
 
 @cache

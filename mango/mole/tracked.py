@@ -1,4 +1,8 @@
-"""The tracked basis of one layer's gradient, moved by power steps on inputs and output gradients: the gradient is never formed."""
+"""The tracked basis of one layer's gradient, moved by power steps on inputs and output gradients: the gradient is never formed.
+
+Each layer takes its step in the backward pass, while its operands are there: to solve the small problems of several layers in one call, as
+MoleOptimizer does, inputs and output gradients of all of them would have to be kept until then.
+"""
 
 from __future__ import annotations
 
