@@ -218,7 +218,7 @@ def test_a_decision_about_64_layers_takes_at_most_five_milliseconds() -> None:
     net, observation = policy.REGISTRY.get("tinyformer"), seen(64, share=0.1)
     assert int(observation.nbytes.gather(1, net.scores(observation).argmax(1)[:, None]).sum()) > 0
     took = []
-    for _ in range(30):
+    for _ in range(300):  # two seconds, of which others may slow down some
         begin = time.thread_time()
         net.decide(observation)
         took.append(time.thread_time() - begin)
