@@ -149,7 +149,7 @@ class Tree(ImageSource):
         augment: bool = True,
         **recipe: Any,
     ) -> ImageData | StreamedData:
-        """Balanced subsets of the first ``classes`` classes, ``size`` pixels on a side: see ``mango.training.config.ImageFolder``.
+        """Balanced subsets of the first ``classes`` classes, ``size`` pixels on a side: see ``mango.training.task.ImageFolder``.
 
         Raises: ConfigError, DataError naming what is damaged.
         """

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from mango.errors import ConfigError
 from mango.training import atomic
-from mango.training.config import RunConfig, Strict, validated
+from mango.training.config import RunConfig, validated
+from mango.training.task import Strict
 
 VERSION = 1
 

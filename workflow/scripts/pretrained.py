@@ -13,7 +13,7 @@ from pathlib import Path
 from mango.errors import ConfigError, MangoError
 from mango.models.llama import Llama
 from mango.training import checkpoint, record
-from mango.training.config import Llama as Settings
+from mango.training.task import Llama as Settings
 
 
 def export(run: Path) -> Path:
