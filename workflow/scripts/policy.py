@@ -34,9 +34,8 @@ from mango.policy.workers import Episodes, Workers
 from mango.training import config
 
 HELD = 0.2  # share of the episodes of traces that imitation does not see
-RECORDED = (
-    1_000_000  # added to a training run's number for its seed where experts are recorded and policies compared: PPO plays other seeds
-)
+# Added to a training run's number for its seed where experts are recorded and policies compared: PPO plays other seeds.
+RECORDED = 1_000_000
 RULES = [name for name in policies.REGISTRY if name not in store.KINDS]
 ORACLE = "oracle"
 
