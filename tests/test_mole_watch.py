@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_mole import gpt, loss
 from torch import Tensor, nn
 
 from mango.errors import ConfigError, NonFinite, Unhealthy
 from mango.mole import MoleConfig, MoleOptimizer, convert, state
 from mango.mole.watch import Row
 from mango.telemetry import MemoryLedger, RunLog
-from tests.test_mole import gpt, loss
 
 PERIOD = 3
 NAMED = {

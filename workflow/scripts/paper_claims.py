@@ -149,7 +149,7 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
             "results/long/policy/tinyformer.safetensors",
             "policy/ppo",
             None,
-            r"recipe and agreement with experts in the files' headers; \path{tests/test_policy.py}",
+            r"recipe and agreement with experts in the files' headers; \path{tests/test_imitation.py}",
         ),
         Evidence(
             r"\Cref{tab:theorems} and the figures of \cref{sec:theory}",
@@ -165,7 +165,7 @@ def evidence(numbers: Numbers, records: Records, tier: str) -> list[Evidence]:
             f"paper/generated/{tier}/numbers.json",
             "",
             None,
-            r"a missing value stops the build; \path{tests/test_paper.py}",
+            r"a missing value stops the build; \path{tests/test_paper.py}, \path{tests/test_paper_verdicts.py}",
         ),
         Evidence(
             "This document",
