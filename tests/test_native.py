@@ -19,6 +19,7 @@ from torch import Tensor
 from mango import LayerPlan, Mango, codecs, native
 from mango.errors import NonFinite
 from mango.feedback.buffer import ErrorBuffer
+from mango.mole import pair
 from mango.native import optim as loops
 from mango.optim.guard import Guard
 from mango.optim.layers import square_sums
@@ -26,7 +27,7 @@ from mango.subspace import gaussian
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
-CODECS = ("int8", "nf4", "fp4")
+CODECS = ("int8", "nf4", "fp4", "int4", "int2")
 
 
 def both(work: Callable[[], Result]) -> tuple[Result, Result]:
@@ -62,11 +63,12 @@ def test_codes_scales_and_values_are_equal(name: str, block: int, n: int, dtype:
 def test_special_values_are_treated_alike(name: str) -> None:
     levels = torch.tensor(codecs.get("nf4").levels)
     middles = (levels[1:] + levels[:-1]) / 2
+    most = 1e38 if name in ("int4", "int2") else 3e38  # whose difference must be a float too
     for x in (
         torch.zeros(200),
         torch.full((100,), 1e-39),
         torch.full((100,), -1e-45),
-        torch.tensor([3e38, -3e38, 1e-38, 0.0, -0.0] * 40),
+        torch.tensor([most, -most, 1e-38, 0.0, -0.0] * 40),
         torch.cat([torch.ones(1), middles, torch.nextafter(middles, torch.tensor(2.0)), torch.nextafter(middles, torch.tensor(-2.0))]),
         torch.linspace(-1, 1, 65535),
     ):
@@ -75,10 +77,30 @@ def test_special_values_are_treated_alike(name: str) -> None:
 
 def check(name: str, block: int, x: Tensor) -> None:
     codec = codecs.get(name, block=block)
-    mine, twin = both(lambda: codec.encode(x))
+    mine, twin = both(lambda: codec.encode(x, generator=torch.Generator().manual_seed(1)))
     assert all(same(a, b) for a, b in zip(mine.tensors(), twin.tensors(), strict=True))
     values, others = both(lambda: codec.decode(mine))
     assert same(values, others)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    block=st.sampled_from([8, 64, 256]),
+    n=st.integers(1, 9000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    scale=st.sampled_from([1.0, 1e-4, 1e4, 1e-38]),
+    seed=st.integers(0, 2**31),
+)
+def test_pairs_are_equal(block: int, n: int, dtype: torch.dtype, scale: float, seed: int) -> None:
+    r = (torch.randn(1, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).clamp_(min=0).to(dtype)
+
+    def work() -> list[Tensor]:
+        torch.manual_seed(seed)
+        saved = pair.save(r, block, "layer")
+        return [*saved.tensors, pair.value(saved), pair.derivative(saved)]
+
+    mine, twin = both(work)
+    assert all(same(a, b) for a, b in zip(mine, twin, strict=True))
 
 
 def test_double_quantised_scales_are_equal() -> None:
@@ -176,6 +198,7 @@ import torch
 from mango import LayerPlan, Mango, codecs, native
 from mango.errors import NonFinite
 from mango.feedback.buffer import ErrorBuffer
+from mango.mole import pair
 from mango.native import optim as loops
 from mango.optim.guard import Guard
 from mango.optim.layers import square_sums

@@ -7,13 +7,15 @@ from functools import cache
 from math import sqrt
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mango.codecs.base import TINY, Codec, admit, all_finite, buffers, deliver, numel, parts, roundoff, size, target
-from mango.codecs.bits import add_uniform, pack
+from mango.codecs.base import TINY, Codec, admit, all_finite, buffers, deliver, loops, numel, parts, roundoff, size, target
+from mango.codecs.bits import add_uniform, draws, pack
 from mango.codecs.codebook import check_block
 from mango.errors import NonFinite
+from mango.native.threads import run
 from mango.packed import Packed
 
 ULP = 2.0**-7  # relative spacing of bfloat16, in which zero points and scales are kept
@@ -77,7 +79,14 @@ class Affine(Codec):
         into["zeros"].copy_(zeros)
         into["scales"].copy_(scales)
         steps = torch.where(scales > 0, scales, 1.0)
-        for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device):
+        compiled = None if flat.dtype in (torch.float16, torch.bfloat16) else loops(flat.device)
+        for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
+            if compiled is not None:
+                groups = (part[first:last].numpy() for part in (zeros, steps))
+                limits = (self.block, np.float32(2**self.bits - 1), draws(hi - lo, flat.device, generator).numpy(), self.bits)
+                stored = into["codes"][lo * self.bits // 8 : -(-hi * self.bits // 8)].numpy()
+                run(compiled.encode_affine, last - first, width, flat[lo:hi].to(torch.float32).numpy(), *groups, *limits, stored)
+                continue
             values = flat[lo:hi].to(torch.float32).view(-1, width)
             zero, scale, step = (t[first:last].unsqueeze(1) for t in (zeros, scales, steps))
             v = values.sub(zero).div_(step)  # (groups, width) in [0, L]
@@ -91,10 +100,19 @@ class Affine(Codec):
         self.check_kind(packed)
         codes, zeros, scales = packed.tensors()
         result = target(packed, codes.device, out)
-        flat = result.view(-1)
+        flat, block = result.view(-1), int(packed.numbers["block"])
         table = _table(self.bits, codes.device)
         zeros, scales = zeros.to(torch.float32), scales.to(torch.float32)
-        for lo, hi, width, first, last in parts(flat.numel(), int(packed.numbers["block"]), codes.device):
+        compiled = loops(codes.device)
+        for lo, hi, width, first, last in parts(flat.numel(), block, codes.device, compiled is not None):
+            if compiled is not None:
+                decoded = flat[lo:hi] if flat.dtype == torch.float32 else torch.empty(hi - lo)
+                groups = (codes[lo * self.bits // 8 : -(-hi * self.bits // 8)], zeros[first:last], scales[first:last])
+                arrays = (*(part.numpy() for part in groups), block, self.bits, half_table(self.bits), decoded.numpy())
+                run(compiled.decode_affine, last - first, width, *arrays)
+                if flat.dtype != torch.float32:
+                    flat[lo:hi].copy_(decoded)
+                continue
             index = codes[lo * self.bits // 8 : -(-hi * self.bits // 8)].to(torch.int32)
             values = table.index_select(0, index).view(torch.float32)[: hi - lo].view(-1, width)
             zero, scale = zeros[first:last].unsqueeze(1), scales[first:last].unsqueeze(1)
@@ -110,9 +128,16 @@ class Affine(Codec):
         """Zero point and scale of each group: bfloat16 numbers held in float32, (groups,)."""
         groups = -(-flat.numel() // self.block)
         low, high = (torch.empty(groups, dtype=torch.float32, device=flat.device) for _ in range(2))
-        for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device):
+        compiled = loops(flat.device)
+        for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
+            if compiled is not None:
+                bits = flat[lo:hi].to(torch.float32).view(torch.int32).numpy()
+                ends = (end[first:last].view(torch.int32).numpy() for end in (low, high))
+                run(compiled.extremes, last - first, width, bits, self.block, *ends)
+                continue
             values = flat[lo:hi].view(-1, width)
             low[first:last], high[first:last] = values.amin(dim=1), values.amax(dim=1)
+        low, high = low.add_(0.0), high.add_(0.0)  # no zero is negative, whichever of two the search has met
         flushed = (low.abs() <= TINY) & (high.abs() <= TINY)
         low, high = low.masked_fill_(flushed, 0.0), high.masked_fill_(flushed, 0.0)
         zeros = round_bf16(low, up=False)
@@ -141,6 +166,13 @@ def _table(bits: int, device: torch.device) -> Tensor:
     shifts = torch.arange(8 - bits, -1, -bits, device=device)
     codes = ((byte >> shifts) & (2**bits - 1)).to(torch.float32).contiguous()
     return codes.view(torch.float64 if bits == 4 else torch.complex128).view(-1)
+
+
+@cache
+def half_table(bits: int) -> np.ndarray:
+    """What the compiled loop looks up: the two codes of a byte (four bits) or of half a byte (two), as the 8 bytes of one float64."""
+    code = np.arange(1 << 2 * bits)
+    return np.stack([code >> bits, code & (2**bits - 1)], axis=1).astype(np.float32).view(np.float64).reshape(-1)
 
 
 class Int4(Affine):

@@ -38,12 +38,17 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return _unpack_table(bits, packed.device).index_select(0, packed.to(torch.int32)).view(torch.uint8)[:n]
 
 
-def add_uniform(v: Tensor, generator: torch.Generator | None) -> Tensor:
-    """v + (i + 1/2) / 65536 in place, i an independent draw from 0..65535 for each value.
+def draws(n: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Independent draws from -32768 … 32767, int16 (n,).
 
-    Four draws come out of one 64-bit number, because drawing is most of the cost of stochastic rounding.
+    Four come out of one 64-bit number, because drawing is most of the cost of stochastic rounding.
     """
-    words = torch.empty(-(-v.numel() // 4), dtype=torch.int64, device=v.device)
+    words = torch.empty(-(-n // 4), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
-    draw = words.view(torch.int16)[: v.numel()].view_as(v).to(torch.float32)  # from -32768
+    return words.view(torch.int16)[:n]
+
+
+def add_uniform(v: Tensor, generator: torch.Generator | None) -> Tensor:
+    """v + (i + 1/2) / 65536 in place, i an independent draw from 0..65535 for each value."""
+    draw = draws(v.numel(), v.device, generator).view_as(v).to(torch.float32)
     return v.add_(draw, alpha=2.0**-16).add_(32768.5 * 2.0**-16)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mango.codecs.affine import round_bf16
-from mango.codecs.base import TINY, all_finite, parts
-from mango.codecs.bits import add_uniform, pack
+from mango.codecs.base import TINY, all_finite, loops, parts
+from mango.codecs.bits import add_uniform, draws, pack
 from mango.errors import NonFinite
 from mango.mole.stores import Form, Saved
+from mango.native.threads import run
 
 BITS = 4
 LEVELS = 7  # above zero: the sums 0 .. 14 take four bits
@@ -37,16 +39,25 @@ def save(r: Tensor, block: int, name: str) -> Saved:
 
     Raises: NonFinite, naming the layer.
     """
-    flat = r.detach().reshape(-1)
+    flat, compiled = r.detach().reshape(-1), loops(r.device)
     steps = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=r.device)
-    for lo, hi, width, first, last in parts(flat.numel(), block, r.device):
-        steps[first:last] = flat[lo:hi].view(-1, width).amax(dim=1)
+    for lo, hi, width, first, last in parts(flat.numel(), block, r.device, compiled is not None):
+        if compiled is not None:
+            bits = flat[lo:hi].to(torch.float32).view(torch.int32).numpy()
+            run(compiled.absmax, last - first, width, bits, block, steps[first:last].view(torch.int32).numpy())
+        else:
+            steps[first:last] = flat[lo:hi].view(-1, width).amax(dim=1)
     if not all_finite(steps):
         raise NonFinite(f"the input of {name} holds NaN, infinity or a value beyond float32")
     steps = round_bf16(torch.where(steps > TINY, steps, 0.0) / LEVELS, up=True)
     divisors = torch.where(steps > 0, steps, 1.0)
     codes = torch.empty(-(-flat.numel() * BITS // 8), dtype=torch.uint8, device=r.device)
-    for lo, hi, width, first, last in parts(flat.numel(), block, r.device):
+    for lo, hi, width, first, last in parts(flat.numel(), block, r.device, compiled is not None):
+        if compiled is not None:
+            numbers = (divisors[first:last].numpy(), block, np.float32(2 * LEVELS), draws(hi - lo, r.device, None).numpy())
+            stored = codes[lo * BITS // 8 : -(-hi * BITS // 8)].numpy()
+            run(compiled.encode_pair, last - first, width, flat[lo:hi].to(torch.float32).numpy(), *numbers, stored)
+            continue
         v = flat[lo:hi].to(torch.float32).view(-1, width) / divisors[first:last].unsqueeze(1)
         lower = v.floor()
         f = v.sub_(lower)
@@ -71,7 +82,16 @@ def derivative(saved: Saved) -> Tensor:
 def _decode(saved: Saved, table: Tensor, scales: Tensor) -> Tensor:
     (codes, _), form = saved
     out = torch.empty(form.shape, dtype=form.dtype, device=codes.device)
-    for lo, hi, width, first, last in parts(form.shape.numel(), form.block, codes.device):
+    compiled = loops(codes.device)
+    for lo, hi, width, first, last in parts(form.shape.numel(), form.block, codes.device, compiled is not None):
+        if compiled is not None:
+            decoded = out.view(-1)[lo:hi] if out.dtype == torch.float32 else torch.empty(hi - lo)
+            stored, scale = codes[lo * BITS // 8 : -(-hi * BITS // 8)].numpy(), scales[first:last]
+            arrays = (stored, torch.zeros_like(scale).numpy(), scale.numpy(), form.block, BITS, table.numpy(), decoded.numpy())
+            run(compiled.decode_affine, last - first, width, *arrays)
+            if out.dtype != torch.float32:
+                out.view(-1)[lo:hi].copy_(decoded)
+            continue
         index = codes[lo * BITS // 8 : -(-hi * BITS // 8)].to(torch.int32)
         found = table.index_select(0, index).view(torch.float32)[: hi - lo].view(-1, width)
         out.view(-1)[lo:hi].view(-1, width).copy_(found.mul_(scales[first:last].unsqueeze(1)))

@@ -15,7 +15,9 @@ from mango.native.jit import compiled
 Array = np.ndarray[Any, np.dtype[Any]]
 ZERO, ONE, TINY = np.float32(0.0), np.float32(1.0), np.float32(1e-38)
 NONE, UNIT, TWO, FOUR, EIGHT = (np.int32(bit) for bit in (0, 1, 2, 4, 8))
-MAGNITUDE = np.int32(0x7FFFFFFF)
+MAGNITUDE, SIGN = np.int32(0x7FFFFFFF), np.int32(31)
+PAIR = np.float32(2.0)
+DRAW, MIDDLE = np.float32(2.0**-16), np.float32(32768.5 * 2.0**-16)  # of mango.codecs.bits.add_uniform
 
 
 @compiled
@@ -117,3 +119,90 @@ def decode_nibbles(first: int, last: int, codes: Array, scales: Array, block: in
             wide[k] = pairs[found[k]]
         for i in range(values.size):
             values[i] = level[i] * scale
+
+
+@compiled
+def extremes(first: int, last: int, bits: Array, block: int, low: Array, high: Array) -> None:
+    """The least and the largest value of each block: float32 seen as int32, in the order of the values, with NaN beyond both ends.
+
+    bits: (n,) int32; low, high: (blocks,) int32, written.
+    """
+    for b in range(first, last):
+        values = bits[b * block : (b + 1) * block]
+        least, most = MAGNITUDE, np.int32(-1) - MAGNITUDE
+        for i in range(values.size):
+            ordered = np.int32(values[i] ^ ((values[i] >> SIGN) & MAGNITUDE))  # magnitudes of negative values turned round
+            least, most = min(least, ordered), max(most, ordered)
+        low[b] = least ^ ((least >> SIGN) & MAGNITUDE)
+        high[b] = most ^ ((most >> SIGN) & MAGNITUDE)
+
+
+@compiled
+def encode_affine(
+    first: int, last: int, x: Array, zeros: Array, steps: Array, block: int, top: float, draws: Array, bits: int, codes: Array
+) -> None:
+    """Codes floor((x - zero) / step + u), u = (draw + 32768.5) / 65536, within 0 and ``top``, 8 / bits of them to a byte.
+
+    x: (n,) float32; zeros, steps: (blocks,) float32; draws: (n,) int16; codes: (ceil(n bits / 8),) uint8, written.
+    """
+    found = np.empty(block, np.int32)
+    for b in range(first, last):
+        values, words = x[b * block : (b + 1) * block], draws[b * block : (b + 1) * block]
+        zero, step = zeros[b], steps[b]
+        for i in range(values.size):
+            v = (values[i] - zero) / step + np.float32(words[i]) * DRAW + MIDDLE
+            found[i] = np.int32(min(max(v, ZERO), top))
+        found[values.size :] = NONE
+        _pack(found, bits, codes[b * block * bits // 8 : (b * block * bits + values.size * bits + 7) // 8])
+
+
+@compiled
+def encode_pair(first: int, last: int, r: Array, steps: Array, block: int, top: float, draws: Array, codes: Array) -> None:
+    """Sums of two roundings of r / step (see mango.mole.pair), within 0 and ``top``, two to a byte; arrays as of ``encode_affine``."""
+    found = np.empty(block, np.int32)
+    for b in range(first, last):
+        values, words = r[b * block : (b + 1) * block], draws[b * block : (b + 1) * block]
+        step = steps[b]
+        for i in range(values.size):
+            v = values[i] / step
+            lower = np.floor(v)
+            f = v - lower
+            u = np.float32(words[i]) * DRAW + MIDDLE
+            s = lower * PAIR + (ONE if u < f * f else ZERO) + (ONE if u < f * (PAIR - f) else ZERO)
+            found[i] = np.int32(min(max(s, ZERO), top))
+        found[values.size :] = NONE
+        _pack(found, 4, codes[b * block // 2 : (b * block + values.size + 1) // 2])
+
+
+@compiled
+def _pack(found: Array, bits: int, codes: Array) -> None:
+    """The first code in the uppermost bits. found: (n,) int32."""
+    if bits == 4:
+        for k in range(codes.size):
+            codes[k] = np.uint8((found[2 * k] << 4) | found[2 * k + 1])
+    else:
+        for k in range(codes.size):
+            codes[k] = np.uint8((found[4 * k] << 6) | (found[4 * k + 1] << 4) | (found[4 * k + 2] << 2) | found[4 * k + 3])
+
+
+@compiled
+def decode_affine(first: int, last: int, codes: Array, zeros: Array, scales: Array, block: int, bits: int, pairs: Array, out: Array) -> None:
+    """out (n,) float32 = level * scale + zero.
+
+    zeros, scales: (blocks,) float32; pairs: float64 whose 8 bytes are two levels, (256,) for four bits and (16,) for two.
+    """
+    wide = np.empty(block // 2, np.float64)  # apart from the product, as a look-up has no vector instruction
+    level = wide.view(np.float32)
+    for b in range(first, last):
+        values = out[b * block : (b + 1) * block]
+        found = codes[b * block * bits // 8 : (b * block * bits + values.size * bits + 7) // 8]
+        scale, zero = scales[b], zeros[b]
+        if bits == 4:
+            for k in range(found.size):
+                wide[k] = pairs[found[k]]
+        else:
+            for k in range(found.size):
+                wide[2 * k] = pairs[found[k] >> 4]
+                wide[2 * k + 1] = pairs[found[k] & 15]
+        for i in range(values.size):
+            values[i] = level[i] * scale + zero
