@@ -15,7 +15,7 @@ from mango import cli, optim
 from mango.bench import optimizers as bench
 from mango.bench import training
 from mango.errors import ConfigError
-from mango.optim import Chain, Mango, build, split, state_nbytes
+from mango.optim import Chain, Mango, build, muon, split, state_nbytes
 from mango.optim.muon import Muon, polar
 from mango.subspace import gaussian
 
@@ -319,9 +319,14 @@ def test_galore_keeps_its_habit() -> None:
     assert changed == [False, False, True, False, False, True]
 
 
+@pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("options", [{}, {"nesterov": False, "momentum": 0.8}, {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3}])
-def test_muon_equals_torch_up_to_bfloat16(options: dict[str, Any]) -> None:
-    """torch's Muon rounds to bfloat16 in every product; steps agree to that, and the momentum, which is not multiplied, exactly."""
+def test_muon_equals_torch_up_to_bfloat16(options: dict[str, Any], units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's Muon rounds to bfloat16 in every product; steps agree to that, and the momentum, which is not multiplied, exactly.
+
+    Where ours rounds too, each of them is that far from the exact step.
+    """
+    monkeypatch.setattr(muon, "bfloat16_units", lambda device: units)
     shapes = [(24, 40), (40, 24), (24, 40), (16, 16)]
     ours = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
@@ -333,7 +338,7 @@ def test_muon_equals_torch_up_to_bfloat16(options: dict[str, Any]) -> None:
             optimizer.step()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(pair[0].state[a]["momentum_buffer"], pair[1].state[b]["momentum_buffer"])
-        assert (a - b).norm() < 0.02 * b.norm()
+        assert (a - b).norm() < (0.04 if units else 0.02) * b.norm()
 
 
 def test_polar_moves_singular_values_to_one() -> None:

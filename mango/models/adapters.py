@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mango.compat import require
+from mango.compat import bitsandbytes, require
 from mango.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ def _forgive(missing: list[str], trained: set[str]) -> None:
 
 def _quantise(blocks: nn.Module) -> None:
     """Every linear layer as bitsandbytes' four-bit one."""
-    library = require("bitsandbytes", extra="llama", purpose="four-bit weights")
+    library = bitsandbytes("four-bit weights")
     for parent in list(blocks.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 device, dtype = child.weight.device, child.weight.dtype
                 made = library.nn.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
+                # a CPU with bfloat16 units would evaluate in bfloat16 what it trains in float32, and takes multiples of 32 outputs only
+                made.support_avx512bf16_for_cpu = False
                 made.weight = library.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
                 setattr(parent, name, made.to(device))  # moving is what quantises

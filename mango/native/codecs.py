@@ -186,7 +186,9 @@ def _pack(found: Array, bits: int, codes: Array) -> None:
 
 
 @compiled
-def decode_affine(first: int, last: int, codes: Array, zeros: Array, scales: Array, block: int, bits: int, pairs: Array, out: Array) -> None:
+def decode_affine(
+    first: int, last: int, codes: Array, zeros: Array, scales: Array, block: int, bits: int, pairs: Array, out: Array
+) -> None:
     """out (n,) float32 = level * scale + zero.
 
     zeros, scales: (blocks,) float32; pairs: float64 whose 8 bytes are two levels, (256,) for four bits and (16,) for two.

@@ -33,7 +33,9 @@ HALVES_PAY = 1 << 18  # values of a matrix from which bfloat16 products are fast
 
 
 def bfloat16_units(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware."""
+    """Whether the processor multiplies bfloat16 matrices in hardware. The meta device stands for the cards of the planner, which do."""
+    if device.type == "meta":
+        return True
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
