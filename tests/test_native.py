@@ -22,7 +22,7 @@ from mango.feedback.buffer import ErrorBuffer
 from mango.mole import pair
 from mango.native import optim as loops
 from mango.optim.guard import Guard
-from mango.optim.layers import square_sums
+from mango.optim.layers import square_sums, whole_bits
 from mango.subspace import gaussian
 
 Result = TypeVar("Result")
@@ -136,18 +136,30 @@ def test_the_error_is_decoded_and_added_with_the_bits_of_two_passes() -> None:
         assert same(mine, twin)
 
 
-def test_the_update_is_applied_with_the_bits_of_its_passes() -> None:
-    w, h, by_row, by_column = gaussian((70, 90), (1,)), gaussian((70, 90), (2,)), gaussian((70,), (3,)), gaussian((90,), (4,))
-    expected = w * 0.875 + h * by_row[:, None] * by_column
-    loops.apply(0, 70, w.numpy(), h.numpy(), by_row.numpy(), by_column.numpy(), np.float32(0.875))
+@pytest.mark.parametrize("cols", [90, 1024, 2100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("less", [False, True])
+def test_the_update_is_applied_with_the_bits_of_its_passes(cols: int, dtype: torch.dtype, less: bool) -> None:
+    w, h, by_row, by_column = gaussian((70, cols), (1,)), gaussian((70, cols), (2,)), gaussian((70,), (3,)), gaussian((cols,), (4,))
+    minus, plus = (gaussian((70, cols), (seed,)).to(dtype) for seed in (5, 6))
+    left = h - minus if less else h
+    expected = w * 0.875 + (left * by_row[:, None] * by_column + plus)
+    (taken, shift), (added, _) = whole_bits(minus if less else minus[:0]), whole_bits(plus)
+    arrays = (part.numpy() for part in (w, h, taken, added))
+    loops.apply(0, 70, *arrays, shift, by_row.numpy(), by_column.numpy(), np.float32(0.875))
     assert same(w, expected)
 
 
-def test_squares_are_summed() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_squares_of_what_was_missed_are_summed(dtype: torch.dtype | None) -> None:
     x = gaussian((2, 300, 1100), (1,))
-    rows, columns = square_sums(x)
-    assert torch.allclose(rows, x.double().square().sum(-1).float(), rtol=1e-5)
-    assert torch.allclose(columns, x.double().square().sum(-2).float(), rtol=1e-5)
+    minus = None if dtype is None else gaussian((2, 300, 1100), (2,)).to(dtype)
+    exact = x.double() - (0.0 if minus is None else minus.double())
+    for left in (None, torch.empty_like(x), x):
+        rows, columns = square_sums(x, minus, left)
+        assert torch.allclose(rows, exact.square().sum(-1).float(), rtol=1e-5)
+        assert torch.allclose(columns, exact.square().sum(-2).float(), rtol=1e-5)
+        assert left is None or torch.equal(left, exact.float())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -1,6 +1,6 @@
 """The passes of Mango's step over whole matrices, each in one sweep where torch makes several.
 
-``compensate`` and ``apply`` compute the bits of their torch twins; ``squares`` adds and ``moments`` rounds in another order.
+``compensate`` and ``apply`` compute the bits of their torch twins; ``missed`` adds and ``moments`` rounds in another order.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from mango.native.codecs import ONE, TINY, ZERO
 from mango.native.jit import compiled, summing
 
 Array = np.ndarray[Any, np.dtype[Any]]
-PART = 4096  # values that are summed together
 BAND = 64  # rows whose columns are summed together
+TILE = 512  # columns of a row that are worked on together: a few of them fit the fastest cache
 
 
 @compiled
@@ -35,27 +35,44 @@ def compensate(
 
 
 @compiled
-def squares(first: int, last: int, h: Array, rows: Array, columns: Array) -> None:
-    """Sums of the squares of h (rows, cols), bands ``first`` to ``last`` of BAND rows.
+def missed(first: int, last: int, h: Array, product: Array, shift: int, rows: Array, columns: Array, left: Array) -> None:
+    """Sums of the squares of h - product (rows, cols), bands ``first`` to ``last`` of BAND rows.
 
-    rows: (rows,) float32, along each row, written; columns: (bands, cols) float32, down each column of a band, written. Whoever adds
-    the bands gets one result for any number of threads; torch's reduction over columns is ten times slower.
+    product: the bits of bfloat16 as int16 with ``shift`` 16, or of float32 as int32 with 0; without rows it stands for zeros.
+    rows: (rows,) float32, along each row, written; columns: (bands, cols) float32, down each column of a band, written. Whoever adds the
+    bands gets one result for any number of threads; torch's reduction over columns is ten times slower.
+    left: h - product is written there unless it has no rows; it may be h.
     """
+    wide = np.empty(TILE, np.int32)
+    found = wide.view(np.float32)
     for band in range(first, last):
-        sums = columns[band]
-        sums[:] = ZERO
+        columns[band] = ZERO
         for i in range(band * BAND, min((band + 1) * BAND, h.shape[0])):
-            values = h[i]
-            for j in range(values.size):
-                sums[j] += values[j] * values[j]
-            rows[i] = _sum_of_squares(values)
+            total = ZERO
+            for begin in range(0, h.shape[1], TILE):
+                end = min(begin + TILE, h.shape[1])
+                values, sums, difference = h[i, begin:end], columns[band, begin:end], found[: end - begin]
+                if product.shape[0]:
+                    _widen(product[i, begin:end], shift, wide)
+                    for j in range(values.size):
+                        difference[j] = values[j] - difference[j]
+                else:
+                    difference = values
+                for j in range(values.size):
+                    sums[j] += difference[j] * difference[j]
+                total += _sum_of_squares(difference)
+                if left.shape[0]:
+                    out = left[i, begin:end]
+                    for j in range(values.size):
+                        out[j] = difference[j]
+            rows[i] = total
 
 
 @compiled
-def sums_of_squares(first: int, last: int, x: Array, out: Array) -> None:
-    """Of x (n,) float32 in parts of PART values, ``first`` to ``last``; not finite where a value is not, or is above 1e19."""
-    for part in range(first, last):
-        out[part] = _sum_of_squares(x[part * PART : (part + 1) * PART])
+def _widen(bits: Array, shift: int, wide: Array) -> None:
+    """The bits of float32, as int32: of bfloat16 they are the upper half."""
+    for j in range(bits.size):
+        wide[j] = np.int32(bits[j]) << shift
 
 
 @summing
@@ -67,12 +84,28 @@ def _sum_of_squares(values: Array) -> Any:
 
 
 @compiled
-def apply(first: int, last: int, w: Array, h: Array, by_row: Array, by_column: Array, decay: float) -> None:
-    """w = decay w + by_row h by_column, rows ``first`` to ``last``; w, h: (rows, cols), by_row: (rows,), by_column: (cols,), float32."""
+def apply(
+    first: int, last: int, w: Array, h: Array, minus: Array, plus: Array, shift: int, by_row: Array, by_column: Array, decay: float
+) -> None:
+    """w = decay w + (by_row (h - minus) by_column + plus), rows ``first`` to ``last`` of (rows, cols).
+
+    w, h: float32; minus, plus: as the product of ``missed``, ``minus`` perhaps without rows; by_row: (rows,), by_column: (cols,), float32.
+    """
+    wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    less, added = wide.view(np.float32), other.view(np.float32)
     for i in range(first, last):
-        weights, values, scale = w[i], h[i], by_row[i]
-        for j in range(weights.size):
-            weights[j] = weights[j] * decay + values[j] * scale * by_column[j]
+        scale = by_row[i]
+        for begin in range(0, w.shape[1], TILE):
+            end = min(begin + TILE, w.shape[1])
+            weights, left, along = w[i, begin:end], h[i, begin:end], by_column[begin:end]
+            if minus.shape[0]:
+                _widen(minus[i, begin:end], shift, wide)
+                for j in range(left.size):
+                    less[j] = left[j] - less[j]
+                left = less
+            _widen(plus[i, begin:end], shift, other)
+            for j in range(weights.size):
+                weights[j] = weights[j] * decay + (left[j] * scale * along[j] + added[j])
 
 
 @compiled

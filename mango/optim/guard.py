@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mango import native
 from mango.errors import NonFinite
-from mango.native.threads import run
 
 
 class Guard:
@@ -29,8 +27,8 @@ class Guard:
         admitted = list(grads)
         for device in dict.fromkeys(grad.device for grad in grads):
             places = [place for place, grad in enumerate(grads) if grad.device == device]
-            # the norm of a tensor is not finite when one value is not; in float32, in which values above 1e19 overflow it too
-            finite = _norms([grads[place] for place in places]).isfinite()  # (len(places),)
+            # in float32 large values overflow too, which a CPU finds out at the second look and a card does not
+            finite = _totals([grads[place] for place in places]).isfinite()  # (len(places),)
             if device.type == "cuda":
                 verdict = torch.empty(len(places), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
                 event = torch.cuda.Event()
@@ -58,15 +56,11 @@ class Guard:
             raise NonFinite(f"the gradient of {', '.join(names[:5])}{more} holds NaN or infinity")
 
 
-def _norms(grads: Sequence[Tensor]) -> Tensor:
-    """Norms of tensors on one device, or their squares where loops are compiled, (len(grads),) float32."""
-    if not (native.ready(grads[0].device) and all(grad.dtype == torch.float32 and grad.is_contiguous() for grad in grads)):
-        return torch.stack(torch._foreach_norm(list(grads), dtype=torch.float32))
-    from mango.native import optim
+def _totals(grads: Sequence[Tensor]) -> Tensor:
+    """Of tensors on one device something that is not finite where one of their values is not, (len(grads),) float32.
 
-    squares = []
-    for grad in grads:
-        parts = torch.empty(-(-grad.numel() // optim.PART))
-        run(optim.sums_of_squares, len(parts), optim.PART, grad.view(-1).numpy(), parts.numpy())
-        squares.append(parts.sum())
-    return torch.stack(squares)
+    Norms, for which a card has one kernel; on a CPU sums, which run at the speed of its memory.
+    """
+    if grads[0].device.type == "cuda":
+        return torch.stack(torch._foreach_norm(list(grads), dtype=torch.float32))
+    return torch.stack([grad.sum(dtype=torch.float32) for grad in grads])

@@ -21,7 +21,6 @@ from mango.stacked import Stacked
 from mango.subspace import (
     counter_generator,
     half_step,
-    large,
     matmul,
     power_step,
     rotate_moments,
@@ -46,18 +45,33 @@ def plain(param: Tensor) -> bool:
     return param.dtype == torch.float32 and param.is_contiguous()
 
 
-def square_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the squares of x (layers, rows, cols) float32 along each row, (layers, rows), and down each column, (layers, cols)."""
+def square_sums(x: Tensor, minus: Tensor | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums of the squares of x - minus along each row, (layers, rows), and down each column, (layers, cols).
+
+    x: (layers, rows, cols) float32; minus: the same in float32 or bfloat16, or None for zeros; left: where x - minus is written, if it is
+    given, contiguous and perhaps x.
+    """
     if not native.ready(x.device):
+        if minus is not None:
+            x = torch.sub(x, minus, out=left)
         return torch.linalg.vector_norm(x, dim=-1).square_(), torch.linalg.vector_norm(x, dim=-2).square_()
     from mango.native import optim
 
     layers, rows, cols = x.shape
     bands = -(-rows // optim.BAND)
     along, down = torch.empty(layers, rows), torch.empty(layers, bands, cols)
-    for values, by_row, by_band in zip(x.contiguous(), along, down, strict=True):
-        run(optim.squares, bands, optim.BAND * cols, values.numpy(), by_row.numpy(), by_band.numpy())
+    nothing = x.new_empty(layers, 0, cols)
+    bits, shift = whole_bits(nothing if minus is None else minus)
+    into = nothing if left is None else left
+    for values, other, by_row, by_band, out in zip(x.contiguous(), bits, along, down, into, strict=True):
+        arrays = (values.numpy(), other.numpy(), shift, by_row.numpy(), by_band.numpy(), out.numpy())
+        run(optim.missed, bands, optim.BAND * cols, *arrays)
     return along, down.sum(dim=1)
+
+
+def whole_bits(x: Tensor) -> tuple[Tensor, np.int32]:
+    """x in float32 or bfloat16 as integers for a compiled loop, and by how much they are to be shifted to be the bits of float32."""
+    return (x.view(torch.int16), np.int32(16)) if x.dtype == torch.bfloat16 else (x.view(torch.int32), np.int32(0))
 
 
 @dataclass(frozen=True)
@@ -159,34 +173,37 @@ class LayerStack:
         low = workspace.take("low", shape, torch.bfloat16).copy_(h) if self._halves(hyper) else h  # what is multiplied
         a = low if self.rows <= self.cols else low.mT  # (layers, m, n)
 
-        old = self.basis.read()  # (layers, m, r)
-        basis = self._track(a, old, hyper, generators).to(low.dtype)
+        old, mean = self.basis.read(), self.first.read()  # (layers, m, r), (layers, r, n)
+        basis = self._track(a, old, mean, hyper, generators).to(low.dtype)
         # (layers, r, n); of a tall matrix, products in the other order are a seventh faster
         exact = matmul(basis.mT, low).float() if self.rows <= self.cols else matmul(low, basis).mT.float().contiguous()
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
-        adam = self._moments(u, rotation(as_used, old), hyper)
+        adam = self._moments(u, rotation(as_used, old), mean, hyper)
         found = diagnose(self, h, as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
-        scale, along = None, adam
+        left, minus, scale, along = h, None, None, adam
         if self.error.store is not None or self.factored:
-            left = self._missed(h, basis, u, workspace)  # H - PU
+            # F = H - PU, which compiled loops that nobody keeps it from form where they use it
+            formed = self.error.store is not None or not native.ready(self.device)
+            minus = self._product(basis, u, "product" if formed else "missed", workspace)
+            out = workspace.take("h", shape, torch.float32) if formed else None
+            sums = square_sums(h, minus, out)
+            if out is not None:
+                left, minus = out, None
             self.error.keep(left, generator=generator)
             if self.factored:
-                scale = self._factored_scale(left, adam, hyper)
+                scale = self._factored_scale(sums, adam, hyper)
             elif self.plan.residual and self.rank < self.small:
-                scale = self._column_scale(self._across(square_sums(left)), u, adam)
+                scale = self._column_scale(self._across(sums), square_sums(u)[1], adam)
         elif self.plan.residual and self.rank < self.small:  # nothing needs H - PU: D = H s + P (A - U s), its norm by Pythagoras
-            left = h
-            missed = self._across(square_sums(h)) - square_sums(exact)[1]
-            scale = self._column_scale(missed.clamp_min(0.0), u, adam)
+            captured = square_sums(exact)[1]
+            missed = (self._across(square_sums(h)) - captured).clamp_min(0.0)
+            scale = self._column_scale(missed, captured if u is exact else square_sums(u)[1], adam)
             along = adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
-        if scale is not None:
-            self._scale_into(params, left, scale, hyper, workspace)
-        elif hyper.lr * hyper.weight_decay:
-            torch._foreach_mul_(list(params), 1.0 - hyper.lr * hyper.weight_decay)
-        self._product_into(params, basis, along, hyper, workspace)
+        step = self._product(basis, along.mul_(-hyper.lr), "product", workspace)
+        self._apply(params, left, minus, scale, step, hyper, workspace)
         return found
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor:
@@ -204,67 +221,73 @@ class LayerStack:
             return self.rows * self.cols >= HALVES_PAY and bfloat16_units(self.device)
         return hyper.matmul == "bfloat16"
 
-    def _track(self, a: Tensor, old: Tensor, hyper: Hyper, generators: Sequence[torch.Generator | None]) -> Tensor:
-        """The new basis (layers, m, r) for H (layers, m, n), strongest column first; scouts replace the weakest directions of the start."""
+    def _track(self, a: Tensor, old: Tensor, mean: Tensor, hyper: Hyper, generators: Sequence[torch.Generator | None]) -> Tensor:
+        """The new basis (layers, m, r) for H (layers, m, n), strongest column first; scouts replace the weakest directions of the start.
+
+        That is the basis before, or with half a step the first moment in it, ``mean`` (layers, r, n).
+        """
         fresh = self.rank if hyper.step == 1 else self.scouts
         shape = (fresh, self.large) if self.plan.power == "half" else (self.small, fresh)
         scouts = torch.stack([torch.randn(shape, generator=generator, device=self.device) for generator in generators])
         if self.plan.power == "full":
             return power_step(old, a, scouts)[0]
-        return half_step(a, scouts if fresh == self.rank else torch.cat([self.first.read()[:, : self.rank - fresh], scouts], dim=-2))
+        return half_step(a, scouts if fresh == self.rank else torch.cat([mean[:, : self.rank - fresh], scouts], dim=-2))
 
     def _oriented(self, basis: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Two operands whose product is basis @ factor in the orientation of the parameters, (layers, rows, cols)."""
         factor = factor.to(basis.dtype)
         return (basis, factor) if self.rows <= self.cols else (factor.mT, basis.mT)
 
-    def _missed(self, h: Tensor, basis: Tensor, u: Tensor, workspace: Workspace) -> Tensor:
-        """H - PU (layers, rows, cols), in the place of H unless that is the gradient itself."""
-        one, other = self._oriented(basis, u)
-        if one.dtype != torch.float32:
-            product = matmul(one, other, workspace.take("product", tuple(h.shape), one.dtype))
-            return torch.sub(h, product, out=workspace.take("h", tuple(h.shape), torch.float32))
-        left = workspace.take("h", tuple(h.shape), torch.float32)
-        if not large(one[0], other[0]):
-            return torch.baddbmm(h, one, other, alpha=-1.0, out=left)
-        for values, a, b, out in zip(h, one, other, left, strict=True):
-            torch.addmm(values, a, b, alpha=-1.0, out=out)
-        return left
+    def _product(self, basis: Tensor, factor: Tensor, purpose: str, workspace: Workspace) -> Tensor:
+        """basis @ factor (layers, rows, cols), in the type of the basis."""
+        one, other = self._oriented(basis, factor)
+        return matmul(one, other, workspace.take(purpose, (self.layers, self.rows, self.cols), one.dtype))
 
     def _across(self, sums: tuple[Tensor, Tensor]) -> Tensor:
         """Of something along rows and down columns: that over the smaller dimension, (layers, n)."""
         return sums[1] if self.rows <= self.cols else sums[0]
 
-    def _scale_into(self, params: Sequence[Tensor], left: Tensor, scale: tuple[Tensor, Tensor], hyper: Hyper, workspace: Workspace) -> None:
-        """W <- (1 - lr weight_decay) W - lr diag(scale[0]) left diag(scale[1]); scales (layers, rows), (layers, cols)."""
-        decay, (by_row, by_column) = 1.0 - hyper.lr * hyper.weight_decay, (scale[0] * -hyper.lr, scale[1])
-        if native.ready(self.device) and all(plain(param) for param in params):
-            from mango.native import optim
+    def _apply(
+        self,
+        params: Sequence[Tensor],
+        left: Tensor,
+        minus: Tensor | None,
+        scale: tuple[Tensor, Tensor] | None,
+        step: Tensor,
+        hyper: Hyper,
+        workspace: Workspace,
+    ) -> None:
+        """W <- (1 - lr weight_decay) W - lr diag(scale[0]) (left - minus) diag(scale[1]) + step; scales (layers, rows), (layers, cols).
 
-            for param, values, along, down in zip(params, left, by_row, by_column, strict=True):
-                arrays = (param.detach().view(self.rows, self.cols).numpy(), values.numpy(), along.numpy(), down.numpy(), np.float32(decay))
-                run(optim.apply, self.rows, self.cols, *arrays)
-            return
+        left, minus, step: (layers, rows, cols); None for minus stands for zeros, and for the scale too.
+        """
+        decay = 1.0 - hyper.lr * hyper.weight_decay
+        if scale is not None:
+            by_row, by_column = scale[0] * -hyper.lr, scale[1]
+            if native.ready(self.device) and all(plain(param) for param in params):
+                from mango.native import optim
+
+                added, shift = whole_bits(step)
+                taken = added[:, :0] if minus is None else whole_bits(minus)[0]
+                for param, values, *others in zip(params, left, taken, added, by_row, by_column, strict=True):
+                    a, b, along, down = (other.numpy() for other in others)
+                    weights = param.detach().view(self.rows, self.cols).numpy()
+                    run(optim.apply, self.rows, self.cols, weights, values.numpy(), a, b, shift, along, down, np.float32(decay))
+                return
+            missed = left if minus is None else left - minus
+            scaled = torch.mul(missed, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape), torch.float32))
+            step = scaled.mul_(by_column.unsqueeze(-2)).add_(step)
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
-        step = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("product", tuple(left.shape), torch.float32))
-        self._add(params, step.mul_(by_column.unsqueeze(-2)))
-
-    def _product_into(self, params: Sequence[Tensor], basis: Tensor, along: Tensor, hyper: Hyper, workspace: Workspace) -> None:
-        """W <- W - lr basis @ along, in the orientation of the parameters."""
-        one, other = self._oriented(basis, along.mul_(-hyper.lr))
-        if one.dtype == torch.float32 and large(one[0], other[0]) and all(plain(param) for param in params):
-            for param, a, b in zip(params, one, other, strict=True):  # a product that adds is as fast as one that does not
-                param.detach().view(self.rows, self.cols).addmm_(a, b)
-            return
-        self._add(params, matmul(one, other, workspace.take("product", (self.layers, self.rows, self.cols), one.dtype)))
+        self._add(params, step)
 
     @staticmethod
     def _add(params: Sequence[Tensor], step: Tensor) -> None:
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(step.unbind(0), params, strict=True)])
 
-    def _moments(self, u: Tensor, r: Tensor, hyper: Hyper) -> Tensor:
-        """Adam's direction for the factor U (layers, r, n), with the moments carried to the new basis by r (layers, r, r).
+    def _moments(self, u: Tensor, r: Tensor, mean: Tensor, hyper: Hyper) -> Tensor:
+        """Adam's direction for the factor U (layers, r, n), with the moments, of which the first is ``mean``, carried to the new basis by r
+        (layers, r, r).
 
         Row i of r has squared norm c <= 1: that much of the new direction lay in the old span, and the rest has no history. Left at zero,
         the missing second moment would blow the step up to (1 - beta1) / sqrt(1 - beta2) times its size, as bias correction knows only
@@ -273,7 +296,7 @@ class LayerStack:
         """
         beta1, beta2 = hyper.betas
         dtype = torch.bfloat16 if self._halves(hyper) else torch.float32
-        moments = (self.first.read(), self.second_root.read().square_())
+        moments = (mean, self.second_root.read().square_())
         m, v = (moment.float() for moment in rotate_moments(r.to(dtype), *(moment.to(dtype) for moment in moments)))
         new = (1.0 - r.square().sum(dim=-1)).clamp_(0.0, 1.0)  # (layers, r)
         old = beta1 * (1.0 - beta1 ** (hyper.step - 1)), beta2 * (1.0 - beta2 ** (hyper.step - 1))
@@ -310,7 +333,7 @@ class LayerStack:
         v.mul_(beta2).addcmul_(new * old[1] + (1.0 - beta2), u.square()).sqrt_()
         return (m / unbias[0]).div_((v / unbias[1]).add_(hyper.eps))
 
-    def _factored_scale(self, left: Tensor, adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+    def _factored_scale(self, sums: tuple[Tensor, Tensor], adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
         """Scales along rows (layers, rows) and down columns (layers, cols) of the residual: Adafactor's (arXiv:1804.04235), bounded.
 
         Adafactor divides by the roots of running means of squares, rows times columns over their mean, so that every row and column of
@@ -321,7 +344,7 @@ class LayerStack:
         """
         assert self.rows_sq is not None and self.cols_sq is not None
         beta2 = hyper.betas[1]
-        along, down = square_sums(left)
+        along, down = sums
         # (layers, rows), (layers, cols); sums that overflow must not stay infinite in the means
         now = (along / self.cols).clamp_max_(1e37), (down / self.rows).clamp_max_(1e37)
         means = []
@@ -340,14 +363,14 @@ class LayerStack:
         bound = (most / strength.clamp_min(1e-30)).sqrt_().clamp_max_(1.0)
         return (middle / rows).sqrt_() * bound, cols.rsqrt()
 
-    def _column_scale(self, missed: Tensor, u: Tensor, adam: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, from squared column norms of the residual (layers, n): Fira's ‖A_j‖ / ‖U_j‖ (arXiv:2410.01623), bounded.
+    def _column_scale(self, missed: Tensor, captured: Tensor, adam: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, from squared column norms of the residual and of U, (layers, n) each: Fira's ‖A_j‖ / ‖U_j‖ (arXiv:2410.01623), bounded.
 
         Fira's ratio has no bound where a column of U happens to be small, and Fira then limits the growth of the whole
         residual from step to step. We bound each column instead: per dimension the residual is never stepped further than the captured
         part, ‖s_j (H - PU)_j‖ / sqrt(m - r) <= ‖A_j‖ / sqrt(r). That needs no state and does not depend on the scale of a column.
         """
-        bound = torch.maximum(square_sums(u)[1], self.rank / (self.small - self.rank) * missed).sqrt_()
+        bound = torch.maximum(captured, self.rank / (self.small - self.rank) * missed).sqrt_()
         # a dead column (zero gradient, momentum left) must give a finite scale: infinity times its zero residual is not a number
         scale = square_sums(adam)[1].sqrt_() / bound.clamp_min_(1e-30)
         ones = torch.ones(self.layers, self.small, device=self.device)
