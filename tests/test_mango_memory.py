@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mango import LayerPlan, Mango
 from mango.errors import ConfigError
+from mango.optim import stacks
 from mango.optim.accounting import layer_nbytes
 from mango.policy.budget import LADDER, parse_budget
 from mango.subspace import gaussian
@@ -91,6 +92,18 @@ def test_fused_backward_clips_by_the_norm_of_the_rounds_before_and_resumes_with_
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), copy.parameters(), strict=True))
     with pytest.raises(ConfigError, match=r"max_norm = 1\.0 is not legal"):
         Mango(network().parameters(), max_norm=1.0)
+
+
+def test_scratch_memory_is_held_between_steps_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for holds, left in (("cpu",), 1), ((), 0):
+        monkeypatch.setattr(stacks, "HOLDS", holds)
+        model = network()
+        optimizer = Mango(model.named_parameters(), lr=1e-2, plan=LayerPlan(rank=8))
+        train(model, optimizer, range(3))
+        assert len(optimizer._stacks._workspaces) == left
+        results.append([param.detach().clone() for param in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 def test_an_optimizer_that_is_gone_does_not_step() -> None:

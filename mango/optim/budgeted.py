@@ -23,8 +23,8 @@ class StateBudget:
         value: as ``mango.policy.budget.parse_budget`` takes it.
         ledger: None: the budget is of the optimizer's state. Otherwise it is of the sum of the state, the weights and buffers of the
             ledger's model, the gradients (of all trainable parameters; of the largest one where the backward pass frees them), and the
-            most activations that the ledger has seen saved so far. What a step or a pass needs for itself for a moment is not counted
-            (``mango plan`` computes it).
+            most activations that the ledger has seen saved so far. What a step needs for itself is not counted (``mango plan`` computes
+            it): on a card it takes the place of activations, which are gone by then, unless the backward pass steps.
 
     Attributes:
         limit: bytes of state that were allowed when plans were chosen last.

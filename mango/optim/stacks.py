@@ -14,6 +14,7 @@ from mango.optim.layers import Hyper, LayerStack, Workspace
 from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
 
 State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter
+HOLDS = ("cpu",)  # devices on which scratch memory is held between steps; others have allocators that give it back at no cost
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
 
@@ -41,7 +42,8 @@ class Item:
 
 
 class Stacks:
-    """The stacks of one optimizer, and the scratch memory that they share.
+    """The stacks of one optimizer, and the scratch memory that they share: no part of the state, a few times the size of the largest matrix,
+    or of STACK_VALUES values where that is more. On a card it is free for activations between steps.
 
     Attributes:
         of: parameter -> the stack that its state is a view of; built anew from the state when absent.
@@ -75,6 +77,7 @@ class Stacks:
             layers = max(1, STACK_VALUES // same[0].param.numel())
             for first in range(0, len(same), layers):
                 found |= self._step_stack(same[first : first + layers], states, watching)
+        self._workspaces = {device: held for device, held in self._workspaces.items() if device.type in HOLDS}
         return found
 
     def _step_stack(self, items: list[Item], states: State, watching: bool) -> dict[str, dict[str, float]]:
