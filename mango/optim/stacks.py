@@ -42,8 +42,8 @@ class Item:
 
 
 class Stacks:
-    """The stacks of one optimizer, and the scratch memory that they share: no part of the state, a few times the size of the largest matrix,
-    or of STACK_VALUES values where that is more. On a card it is free for activations between steps.
+    """The stacks of one optimizer, and the scratch memory that they share: no part of the state, a few times the size of the largest
+    matrix, or of STACK_VALUES values where that is more. On a card it is free for activations between steps.
 
     Attributes:
         of: parameter -> the stack that its state is a view of; built anew from the state when absent.
