@@ -57,8 +57,8 @@ class LayerPlan:
         error: "codec", "gradient" or "none": where the part of H that the basis missed is kept (see mango.feedback.buffer).
         error_codec: the codec for ``error="codec"``.
         error_decay: in (0, 1], what the kept error is multiplied by before it is added to the next gradient. 1 is error feedback as its
-            theory has it. 0.9, the decay of Adam's first moment, gives what the basis misses the memory that momentum gives the rest: a
-            longer one is stale where gradients are noisy, as a residual network's on small batches.
+            theory has it, and forgets nothing: what it remembers is stale where gradients are noisy, as a residual network's on small
+            batches. 0.95 remembers about twenty gradients, twice as many as Adam's first moment; language models do worse with 0.9.
         residual: also step along the part of H that the basis missed.
         scaling: how that part is scaled: "factored", divided by the roots of the mean squares of its rows and columns (Adafactor), or
             "column", by the adaptive part's length in each column (Fira), which needs no state and, without error, one product less.
@@ -72,7 +72,7 @@ class LayerPlan:
     moment_codec: str = "int8"
     error: str = "codec"
     error_codec: str = "nf4"
-    error_decay: float = 0.9
+    error_decay: float = 0.95
     residual: bool = True
     scaling: str = "factored"
 
