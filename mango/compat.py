@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
-from mango.errors import MissingExtra
+from mango.errors import ConfigError, MissingExtra
 
 # a torch.library.Library takes back what it registered when it is collected, so it is kept for the process's life
 _TORCHVISION_LIBRARY: Any = None
@@ -67,11 +67,16 @@ def transformers(purpose: str) -> Any:
 
 
 def bitsandbytes(purpose: str) -> Any:
-    """The bitsandbytes module, whose four-bit matrices are decoded right whatever the length of a row (see the module's text)."""
+    """The bitsandbytes module, whose four-bit matrices are decoded right whatever the length of a row (see the module's text).
+
+    Raises: MissingExtra; ConfigError for a torch in which an operator cannot be repaired.
+    """
     global _BITSANDBYTES_LIBRARY
     import torch
 
     module = require("bitsandbytes", extra="llama", purpose=purpose)
+    if not hasattr(torch.library, "get_kernel"):
+        raise ConfigError.of("torch", torch.__version__, f"2.9 or later, for {purpose}")
     if _BITSANDBYTES_LIBRARY is None:
         operator = "bitsandbytes::dequantize_4bit"
         original = torch.library.get_kernel(operator, "CPU")
