@@ -290,6 +290,8 @@ def test_ci_fails_when_no_test_ran(tmp_path: Path) -> None:
 def results(folder: Path, accuracy: float, fingerprint: str = "f" * 64) -> Path:
     """A tier with one experiment and one theorem."""
     values = {"mango.accuracy": accuracy, "mango.accuracy_std": 0.01, "mango.state": 0.75, "mango.label": "Mango", "mango.recovered": None}
+    values |= {"gap": 0.2, "galore.recovered": 0.7, "galore.recovered_std": None, "galore.loss": 2.0}
+    values |= {"muon.recovered": 1.2, "muon.recovered_std": 0.03}
     contents: dict[str, Any] = {
         "laptop/data/cifar10.json": {"title": "CIFAR-10", "fingerprint": fingerprint},
         "laptop/theory/T1.json": {"id": "T1", "measured": 0.5},
@@ -321,7 +323,9 @@ def test_verify_tolerances_are_those_of_the_seeds_where_they_are_wider(tmp_path:
     values = verify.live(results(tmp_path, 0.70), "laptop")["experiments"]["cifar10"]["f" * 64]["values"]
     assert values["mango.accuracy"]["tolerance"] == pytest.approx(0.03)
     assert values["mango.state"]["tolerance"] == pytest.approx(0.75e-9)
-    assert set(values) == {"mango.accuracy", "mango.state"}
+    assert values["muon.recovered"]["tolerance"] == pytest.approx(0.09)
+    assert values["galore.recovered"]["tolerance"] == pytest.approx(0.03 * 2.0 / 0.2), "of one run: what its loss may be off, over the gap"
+    assert set(values) == {"mango.accuracy", "mango.state", "gap", "galore.recovered", "galore.loss", "muon.recovered"}
 
 
 def test_readme_shows_the_committed_reference_values() -> None:
