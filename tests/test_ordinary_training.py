@@ -66,20 +66,23 @@ def test_grad_scaler_changes_nothing_and_skips_what_overflows() -> None:
 
 
 def test_bf16_autocast_trains_as_well_as_single_precision() -> None:
-    losses = {}
-    for enabled in (False, True):
-        model = network()
-        optimizer = Mango(model.named_parameters(), lr=1e-2, plan=PLAN)
-        for step in range(40):
-            optimizer.zero_grad()
-            x, y = batch(step, 16)
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                out = model(x)
-            (out.float() - y).square().mean().backward()
-            optimizer.step()
-        assert all(param.dtype == torch.float32 for param in model.parameters())
-        losses[enabled] = float(loss_of(model, 99).detach())
-    assert losses[True] < 1.05 * losses[False] and losses[False] < 0.3 * float(loss_of(network(), 99).detach())
+    """In the mean over runs, because rounding sends each of them another way: single losses differ by a tenth, up or down."""
+    losses = {False: 0.0, True: 0.0}
+    for enabled in losses:
+        for run in range(8):
+            model = network(run)
+            optimizer = Mango(model.named_parameters(), lr=1e-2, plan=PLAN)
+            for step in range(40):
+                optimizer.zero_grad()
+                x, y = batch(1000 * run + step, 16)
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    out = model(x)
+                (out.float() - y).square().mean().backward()
+                optimizer.step()
+            assert all(param.dtype == torch.float32 for param in model.parameters())
+            losses[enabled] += sum(float(loss_of(model, 10_000 + number).detach()) for number in range(8)) / 64
+    before = sum(float(loss_of(network(run), 10_000).detach()) for run in range(8)) / 8
+    assert losses[True] < 1.1 * losses[False] and losses[False] < 0.3 * before  # four deviations of that mean
 
 
 def test_half_precision_models_train() -> None:
