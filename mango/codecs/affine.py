@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import sqrt
 from typing import ClassVar
@@ -106,12 +106,9 @@ class Affine(Codec):
         compiled = loops(codes.device)
         for lo, hi, width, first, last in parts(flat.numel(), block, codes.device, compiled is not None):
             if compiled is not None:
-                decoded = flat[lo:hi] if flat.dtype == torch.float32 else torch.empty(hi - lo)
-                groups = (codes[lo * self.bits // 8 : -(-hi * self.bits // 8)], zeros[first:last], scales[first:last])
-                arrays = (*(part.numpy() for part in groups), block, self.bits, half_table(self.bits), decoded.numpy())
-                run(compiled.decode_affine, last - first, width, *arrays)
-                if flat.dtype != torch.float32:
-                    flat[lo:hi].copy_(decoded)
+                stored = codes[lo * self.bits // 8 : -(-hi * self.bits // 8)]
+                groups = (zeros[first:last], scales[first:last], block)
+                decode_compiled(compiled.decode_affine, stored, *groups, self.bits, half_table(self.bits), flat[lo:hi])
                 continue
             index = codes[lo * self.bits // 8 : -(-hi * self.bits // 8)].to(torch.int32)
             values = table.index_select(0, index).view(torch.float32)[: hi - lo].view(-1, width)
@@ -166,6 +163,17 @@ def _table(bits: int, device: torch.device) -> Tensor:
     shifts = torch.arange(8 - bits, -1, -bits, device=device)
     codes = ((byte >> shifts) & (2**bits - 1)).to(torch.float32).contiguous()
     return codes.view(torch.float64 if bits == 4 else torch.complex128).view(-1)
+
+
+def decode_compiled(
+    loop: Callable[..., None], codes: Tensor, zeros: Tensor, scales: Tensor, block: int, bits: int, table: np.ndarray, into: Tensor
+) -> None:
+    """into (n,) = level * scale + zero by the compiled loop; zeros, scales: (groups,) float32; table: as ``half_table``, of the levels."""
+    values = into if into.dtype == torch.float32 else torch.empty(into.numel())
+    arrays = (codes.numpy(), zeros.numpy(), scales.numpy(), block, bits, table, values.numpy())
+    run(loop, len(scales), block, *arrays)
+    if values is not into:
+        into.copy_(values)
 
 
 @cache

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mango.codecs.affine import round_bf16
+from mango.codecs.affine import decode_compiled, round_bf16
 from mango.codecs.base import TINY, all_finite, loops, parts
 from mango.codecs.bits import add_uniform, draws, pack
 from mango.errors import NonFinite
@@ -85,12 +85,9 @@ def _decode(saved: Saved, table: Tensor, scales: Tensor) -> Tensor:
     compiled = loops(codes.device)
     for lo, hi, width, first, last in parts(form.shape.numel(), form.block, codes.device, compiled is not None):
         if compiled is not None:
-            decoded = out.view(-1)[lo:hi] if out.dtype == torch.float32 else torch.empty(hi - lo)
-            stored, scale = codes[lo * BITS // 8 : -(-hi * BITS // 8)].numpy(), scales[first:last]
-            arrays = (stored, torch.zeros_like(scale).numpy(), scale.numpy(), form.block, BITS, table.numpy(), decoded.numpy())
-            run(compiled.decode_affine, last - first, width, *arrays)
-            if out.dtype != torch.float32:
-                out.view(-1)[lo:hi].copy_(decoded)
+            stored, scale = codes[lo * BITS // 8 : -(-hi * BITS // 8)], scales[first:last]
+            groups = (torch.zeros_like(scale), scale, form.block)
+            decode_compiled(compiled.decode_affine, stored, *groups, BITS, table.numpy(), out.view(-1)[lo:hi])
             continue
         index = codes[lo * BITS // 8 : -(-hi * BITS // 8)].to(torch.int32)
         found = table.index_select(0, index).view(torch.float32)[: hi - lo].view(-1, width)

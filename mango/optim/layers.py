@@ -185,7 +185,7 @@ class LayerStack:
 
         left, minus, scale, along = h, None, None, adam
         if self.error.store is not None or self.factored:
-            # F = H - PU, which compiled loops that nobody keeps it from form where they use it
+            # F = H - PU; compiled loops form it where they use it, unless it is kept
             formed = self.error.store is not None or not native.ready(self.device)
             minus = self._product(basis, u, "product" if formed else "missed", workspace)
             out = workspace.take("h", shape, torch.float32) if formed else None
