@@ -21,6 +21,7 @@ from mango.errors import NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.mole import pair
 from mango.native import optim as loops
+from mango.native import threads
 from mango.optim.guard import Guard
 from mango.optim.layers import square_sums, whole_bits
 from mango.subspace import gaussian
@@ -172,15 +173,52 @@ def test_a_gradient_that_is_not_finite_is_seen_wherever_it_is(value: float) -> N
 
 
 def test_threads_do_not_change_a_result() -> None:
-    x, threads = torch.randn(100_000), torch.get_num_threads()
+    x, before = torch.randn(100_000), torch.get_num_threads()
     found = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
             found.append(codecs.get("nf4").encode(x))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     assert all(same(a, b) for a, b in zip(found[0].tensors(), found[1].tensors(), strict=True))
+
+
+@pytest.mark.parametrize("team", [True, False])
+def test_every_part_of_a_range_is_run_once_on_torchs_threads_or_on_ours(team: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if team and threads._openmp() is None:
+        pytest.skip("torch's OpenMP is not GNU's here")
+    monkeypatch.setattr(threads, "_forked", not team)
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        threads.run(lambda first, last, x: seen.append((first, last, x)), 10, 1 << 20, "x")
+        assert sorted(seen) == [(0, 3, "x"), (3, 6, "x"), (6, 10, "x")]
+        with pytest.raises(ZeroDivisionError):
+            threads.run(lambda first, last: 1 // (first - 3), 10, 1 << 20)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    code = """
+import os, torch
+from mango import codecs
+torch.set_num_threads(2)
+x = torch.ones(1 << 20)
+codec = codecs.get("nf4")
+codec.encode(x)
+child = os.fork()
+if not child:
+    from mango.native import threads, codecs as loops
+    import numpy as np
+    out = np.zeros(16, np.int32)
+    threads.run(loops.absmax, 16, 1 << 16, x.numpy()[: 1 << 10].view(np.int32), 64, out)
+    os._exit(int(out.view(np.float32).sum()))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "16"
 
 
 def test_starting_the_loops_leaves_torchs_threads() -> None:

@@ -1,31 +1,80 @@
 """Runs a compiled loop over a range, cut among as many threads as torch uses.
 
-The loops release Python's lock, so plain threads run side by side. numba's own parallel loops would do the same after compiling ten times
-as long, on a second OpenMP runtime whose waiting threads compete with torch's for the processor.
+The loops release Python's lock, so they run side by side on any threads. Torch's own are the best: after an operation of torch they
+spin for milliseconds, waiting for more work, and threads of ours would share the processor with them (loops then take up to twice as
+long). Where torch's OpenMP is GNU's, its team is therefore asked for through the library that torch has loaded; elsewhere, and in a
+forked child, where that team does not exist, a pool of ours does the work. numba's own parallel loops take ten times as long to compile.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
 GRAIN = 1 << 15  # values for which another thread pays, as in torch
 _pool: ThreadPoolExecutor | None = None
+_forked = False
 
 
 def run(loop: Callable[..., None], count: int, each: int, *arguments: Any) -> None:
     """``loop(first, last, *arguments)`` over 0..count, in parts that are run side by side; ``each`` is the values behind one of them."""
     parts = max(1, min(torch.get_num_threads(), count * each // GRAIN))
-    bounds = [count * part // parts for part in range(parts + 1)]
-    jobs = [_workers().submit(loop, first, last, *arguments) for first, last in pairwise(bounds[1:])]
-    loop(bounds[0], bounds[1], *arguments)
-    for job in jobs:
-        job.result()
+    if parts == 1:
+        loop(0, count, *arguments)
+        return
+    bounds = list(pairwise(count * part // parts for part in range(parts + 1)))
+    library = None if _forked else _openmp()
+    if library is None:
+        for job in [_workers().submit(loop, first, last, *arguments) for first, last in bounds]:
+            job.result()
+    else:
+        _team(library, [partial(loop, first, last, *arguments) for first, last in bounds])
+
+
+def _team(library: ctypes.CDLL, parts: list[Callable[[], None]]) -> None:
+    """Run the parts on the OpenMP threads of this thread. An exception of one of them is raised here."""
+    failed: list[BaseException] = []
+    left = iter(parts)  # next() on it is atomic: the team may be smaller than was asked for
+
+    @_ENTRY
+    def entry(_: int | None) -> None:
+        for part in left:
+            try:
+                part()
+            except BaseException as error:  # nothing may unwind through OpenMP's frames
+                failed.append(error)
+
+    library.GOMP_parallel(entry, None, len(parts), 0)
+    if failed:
+        raise failed[0]
+
+
+_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """GNU's OpenMP library, if torch has loaded it."""
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return None
+    bundled = sorted(path.name for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    for name in (*bundled, "libgomp.so.1"):
+        try:
+            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)  # by soname, of what is in memory already: never a second runtime
+        except OSError:
+            continue
+        library.GOMP_parallel.argtypes = [_ENTRY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.GOMP_parallel.restype = None
+        return library
+    return None
 
 
 def _workers() -> ThreadPoolExecutor:
@@ -37,8 +86,8 @@ def _workers() -> ThreadPoolExecutor:
 
 def _forget() -> None:
     """Threads do not survive a fork: the child starts its own."""
-    global _pool
-    _pool = None
+    global _pool, _forked
+    _pool, _forked = None, True
 
 
 os.register_at_fork(after_in_child=_forget)
