@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from mango.errors import ConfigError
+from mango.products import ByteMatrices, matmul
 
 # ‖R⁻¹‖² below which one round of CholeskyQR is enough: VᵀV - I then stays below 1e-5, or below the 2^-9 of bfloat16
 ONE_ROUND, ONE_ROUND_ROUGH = 4.0, 1e3
 
-Operator = Tensor | Callable[[Tensor], Tensor]  # G (…, dim, n), or X (…, dim, k) -> G Gᵀ X (…, dim, k)
+Matrix = Tensor | ByteMatrices  # G (…, dim, n)
+Operator = Matrix | Callable[[Tensor], Tensor]  # G, or X (…, dim, k) -> G Gᵀ X (…, dim, k)
 
 
 def orthonormalize(x: Tensor) -> Tensor:
@@ -55,9 +57,11 @@ def _orthonormalize(x: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
     norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (…, k)
     inverse, r1 = _cholesky_inverse(gram / (norm.unsqueeze(-1) * norm.unsqueeze(-2)))
     first = x @ (inverse / norm.unsqueeze(-1))
-    enough = _squared_norm(inverse) < (ONE_ROUND_ROUGH if rough else ONE_ROUND)
-    if x.device.type == "cpu" and bool(enough.all() & (norm.amin() > 1e-15) & (norm.amax() < 1e15)):
-        return first, r1 * norm
+    if x.device.type == "cpu" and bool((norm.amin() > 1e-15) & (norm.amax() < 1e15)):
+        most = ONE_ROUND_ROUGH if rough else ONE_ROUND
+        # the squared Frobenius norm bounds it too, and costs no product
+        if bool((torch.linalg.matrix_norm(inverse).square() < most).all()) or bool((_squared_norm(inverse) < most).all()):
+            return first, r1 * norm
     gram = first.mT @ first
     inverse, r2 = _cholesky_inverse(gram)
     basis, diagonal = first @ inverse, r1 * r2 * norm
@@ -168,24 +172,39 @@ def power_step(
         fresh = fresh - kept @ (kept.mT @ fresh)
         fresh = fresh / torch.linalg.vector_norm(fresh, dim=-2, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
         q = torch.cat([kept, fresh], dim=-1)
-    if callable(g):
-        y = g(q).to(q.dtype)  # (…, dim, k)
-        rayleigh = (q * y).sum(dim=-2)  # (…, k) ‖Gᵀq‖²
-    else:
+    if isinstance(g, ByteMatrices):
+        return _forward(g, g.left(q.mT).mT)
+    if isinstance(g, Tensor):
         g = g if g.dtype == torch.bfloat16 else g.to(q.dtype)
-        z = matmul(g.mT, q.to(g.dtype)).to(q.dtype)  # (…, n, k)
-        norm = torch.linalg.vector_norm(z, dim=-2)  # (…, k)
-        z = z / norm.clamp_min(torch.finfo(q.dtype).tiny).unsqueeze(-2)  # the square of a small gradient would underflow
-        y, rayleigh = matmul(g, z.to(g.dtype)), None
-    new, added = _orthonormalize(y, rough=not callable(g) and g.dtype == torch.bfloat16)
-    # with z normalised, y = GGᵀq / ‖Gᵀq‖ and the ratio of moments is the square of what y adds
-    energy = added.square() if rayleigh is None else added.square() / rayleigh.clamp_min(torch.finfo(q.dtype).tiny)
+        return _forward(g, matmul(g.mT, q.to(g.dtype)).to(q.dtype))
+    y = g(q).to(q.dtype)  # (…, dim, k)
+    rayleigh = (q * y).sum(dim=-2).clamp_min(torch.finfo(q.dtype).tiny)  # (…, k) ‖Gᵀq‖²
+    new, added = _orthonormalize(y)
+    return _sorted(new, added.square() / rayleigh)
+
+
+def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor]:
+    """orth(G Z) for Z (…, n, k), sorted by what each column adds once those of Z have norm 1, and the squares of that.
+
+    With Z = GᵀQ the square is the ratio of successive moments, ‖GGᵀq‖² / ‖Gᵀq‖².
+    """
+    if isinstance(g, Tensor):  # norm 1, as the square of a small gradient would underflow
+        unit = z / torch.linalg.vector_norm(z, dim=-2, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+        y = matmul(g, unit.to(g.dtype))
+    else:
+        y = g.right(z.mT, unit=True).mT
+    new, added = _orthonormalize(y, rough=not isinstance(g, Tensor) or g.dtype == torch.bfloat16)
+    return _sorted(new, added.square())
+
+
+def _sorted(basis: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns (…, dim, k) and their energies (…, k), strongest first."""
     energy, order = energy.sort(dim=-1, descending=True, stable=True)
-    return new.gather(-1, order.unsqueeze(-2).expand_as(new)), energy
+    return basis.gather(-1, order.unsqueeze(-2).expand_as(basis)), energy
 
 
 def half_step(
-    g: Tensor,  # G (…, dim, n)
+    g: Matrix,  # G (…, dim, n)
     start: Tensor,  # Z (…, k, n): rows, strongest first; the last j of them Gaussian, drawn after G and the others were known
 ) -> Tensor:
     """Half a power step from the right, V <- orth(G Zᵀ), sorted by what each column adds: one product with G where ``power_step`` has two.
@@ -197,34 +216,15 @@ def half_step(
     Returns:
         The new basis (…, dim, k) in float32 (float64 for float64 input).
     """
-    unit = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True).clamp_min(torch.finfo(start.dtype).tiny)
-    new, added = _orthonormalize(matmul(g, unit.to(g.dtype).mT), rough=g.dtype == torch.bfloat16)
-    order = added.argsort(dim=-1, descending=True, stable=True)
-    return new.gather(-1, order.unsqueeze(-2).expand_as(new))
-
-
-def large(a: Tensor, b: Tensor) -> bool:
-    """Whether matrices of these sizes are better multiplied one by one than in a batch, on a CPU."""
-    return a.device.type == "cpu" and a.numel() + b.numel() >= 1 << 17
-
-
-def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b. On a CPU large matrices of a stack are multiplied one by one: torch.bmm copies bfloat16 operands that are transposed."""
-    if a.ndim != 3 or not large(a[0], b[0]):
-        return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
-    if out is None:
-        out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=a.dtype)
-    for one, other, result in zip(a, b, out, strict=True):
-        torch.mm(one, other, out=result)
-    return out
+    return _forward(g, start.mT)[0]
 
 
 def rotation(new: Tensor, old: Tensor) -> Tensor:
     """R = V_newᵀ V_old (…, k_new, k_old): coordinates U in the old basis become R U in the new one."""
-    return new.mT @ old.to(new.dtype)
+    return matmul(new.mT, old.to(new.dtype))
 
 
-def rotate_moments(r: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_moments(r: Tensor, m: Tensor, v: Tensor, out: Sequence[Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
     """Adam's moments of U carried from one basis to another.
 
     The first moment is linear in U, so m' = R m is exact on the span of the new basis. For the second,
@@ -234,9 +234,9 @@ def rotate_moments(r: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     with a noisy gradient m² is small beside v and the difference then only adds cancellation.
 
     Args:
-        r: (…, k', k); m, v: (…, k, n).
+        r: (…, k', k); m, v: (…, k, n); out: where m' and v' are written, (…, k', n).
     """
-    return matmul(r, m), matmul(r.square(), v)
+    return matmul(r, m, out[0]), matmul(r.square(), v, out[1])
 
 
 def captured_energy(basis: Tensor, g: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from mango.mole import pair
 from mango.native import optim as loops
 from mango.native import threads
 from mango.optim.guard import Guard
-from mango.optim.layers import square_sums, whole_bits
+from mango.products import square_sums, to_bytes
 from mango.subspace import gaussian
 
 Result = TypeVar("Result")
@@ -112,7 +112,7 @@ def test_double_quantised_scales_are_equal() -> None:
 
 
 @pytest.mark.parametrize("error", ["codec", "none"])
-@pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
+@pytest.mark.parametrize("matmul", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96), (64, 8, 3, 3)])
 def test_a_step_of_mango_is_the_same_but_for_the_order_of_sums(error: str, matmul: str, shape: tuple[int, ...]) -> None:
     def train() -> Tensor:
@@ -139,16 +139,25 @@ def test_the_error_is_decoded_and_added_with_the_bits_of_two_passes() -> None:
 
 @pytest.mark.parametrize("cols", [90, 1024, 2100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("less", [False, True])
-def test_the_update_is_applied_with_the_bits_of_its_passes(cols: int, dtype: torch.dtype, less: bool) -> None:
-    w, h, by_row, by_column = gaussian((70, cols), (1,)), gaussian((70, cols), (2,)), gaussian((70,), (3,)), gaussian((cols,), (4,))
-    minus, plus = (gaussian((70, cols), (seed,)).to(dtype) for seed in (5, 6))
-    left = h - minus if less else h
+@pytest.mark.parametrize("left_dtype", [torch.float32, torch.bfloat16])
+def test_the_update_is_applied_with_the_bits_of_its_passes(cols: int, dtype: torch.dtype, left_dtype: torch.dtype) -> None:
+    w, by_row, by_column = gaussian((70, cols), (1,)), gaussian((70,), (3,)), gaussian((cols,), (4,))
+    left, plus = gaussian((70, cols), (2,)).to(left_dtype), gaussian((70, cols), (6,)).to(dtype)
     expected = w * 0.875 + (left * by_row[:, None] * by_column + plus)
-    (taken, shift), (added, _) = whole_bits(minus if less else minus[:0]), whole_bits(plus)
-    arrays = (part.numpy() for part in (w, h, taken, added))
-    loops.apply(0, 70, *arrays, shift, by_row.numpy(), by_column.numpy(), np.float32(0.875))
+    (taken, left_shift), (added, shift) = native.float_bits(left), native.float_bits(plus)
+    arrays = (w.numpy(), taken.numpy(), left_shift, added.numpy(), shift, by_row.numpy(), by_column.numpy())
+    loops.apply(0, 70, *arrays, np.float32(0.875))
     assert same(w, expected)
+
+
+def test_rows_become_bytes_alike() -> None:
+    x = gaussian((2, 300, 1100), (1,)) * gaussian((2, 300, 1), (2,)).mul(20.0).exp()
+    x[0, :5] = 0.0
+    x[1, 0] = 1e-40
+    mine, twin = both(lambda: to_bytes(x, torch.empty_like(x, dtype=torch.int8), summed=True))
+    assert all(same(a, b) for a, b in zip(mine[:3], twin[:3], strict=True))
+    assert mine.sums is not None and twin.sums is not None
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(mine.sums, twin.sums, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
@@ -156,11 +165,14 @@ def test_squares_of_what_was_missed_are_summed(dtype: torch.dtype | None) -> Non
     x = gaussian((2, 300, 1100), (1,))
     minus = None if dtype is None else gaussian((2, 300, 1100), (2,)).to(dtype)
     exact = x.double() - (0.0 if minus is None else minus.double())
-    for left in (None, torch.empty_like(x), x):
-        rows, columns = square_sums(x, minus, left)
+    for into in ("nowhere", "anew", "bfloat16", "product", "x"):
+        given = None if minus is None else minus.clone()
+        anew, lower = torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
+        left = {"nowhere": None, "anew": anew, "bfloat16": lower, "product": given, "x": x}[into]
+        rows, columns = square_sums(x, given, left)
         assert torch.allclose(rows, exact.square().sum(-1).float(), rtol=1e-5)
         assert torch.allclose(columns, exact.square().sum(-2).float(), rtol=1e-5)
-        assert left is None or torch.equal(left, exact.float())
+        assert left is None or torch.equal(left, exact.float().to(left.dtype))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -251,7 +263,6 @@ from mango.feedback.buffer import ErrorBuffer
 from mango.mole import pair
 from mango.native import optim as loops
 from mango.optim.guard import Guard
-from mango.optim.layers import square_sums
 from mango.subspace import gaussian
 codec = codecs.get("nf4")
 assert native.ready(torch.device("cpu"))

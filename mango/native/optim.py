@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from mango.native.codecs import ONE, TINY, ZERO
+from mango.native.codecs import MAGNITUDE, ONE, TINY, UNIT, ZERO
 from mango.native.jit import compiled, summing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BAND = 64  # rows whose columns are summed together
+BYTE, PER_BYTE, SMALLEST = np.float32(127.0), np.float32(1.0 / 127.0), np.float32(1e-36)  # of mango.products.to_bytes
+ROUND, HALF = np.int32(0x7FFF), np.int32(16)
 TILE = 512  # columns of a row that are worked on together: a few of them fit the fastest cache
 
 
@@ -41,7 +43,7 @@ def missed(first: int, last: int, h: Array, product: Array, shift: int, rows: Ar
     product: the bits of bfloat16 as int16 with ``shift`` 16, or of float32 as int32 with 0; without rows it stands for zeros.
     rows: (rows,) float32, along each row, written; columns: (bands, cols) float32, down each column of a band, written. Whoever adds the
     bands gets one result for any number of threads; torch's reduction over columns is ten times slower.
-    left: h - product is written there unless it has no rows; it may be h.
+    left: h - product is written there unless it has no rows, as float32, perhaps into h, or as the bits of bfloat16, perhaps into product.
     """
     wide = np.empty(TILE, np.int32)
     found = wide.view(np.float32)
@@ -63,8 +65,13 @@ def missed(first: int, last: int, h: Array, product: Array, shift: int, rows: Ar
                 total += _sum_of_squares(difference)
                 if left.shape[0]:
                     out = left[i, begin:end]
-                    for j in range(values.size):
-                        out[j] = difference[j]
+                    if left.itemsize == 2:
+                        if not product.shape[0]:
+                            found[: end - begin] = difference
+                        _narrow(wide[: end - begin], out)
+                    else:
+                        for j in range(values.size):
+                            out[j] = difference[j]
             rows[i] = total
 
 
@@ -73,6 +80,13 @@ def _widen(bits: Array, shift: int, wide: Array) -> None:
     """The bits of float32, as int32: of bfloat16 they are the upper half."""
     for j in range(bits.size):
         wide[j] = np.int32(bits[j]) << shift
+
+
+@compiled
+def _narrow(wide: Array, bits: Array) -> None:
+    """The bits of bfloat16 nearest to those of finite float32, ties to even."""
+    for j in range(bits.size):
+        bits[j] = np.int16((wide[j] + ROUND + ((wide[j] >> HALF) & UNIT)) >> HALF)
 
 
 @summing
@@ -84,43 +98,94 @@ def _sum_of_squares(values: Array) -> Any:
 
 
 @compiled
-def apply(
-    first: int, last: int, w: Array, h: Array, minus: Array, plus: Array, shift: int, by_row: Array, by_column: Array, decay: float
+def to_bytes(
+    first: int, last: int, x: Array, bits: Array, codes: Array, scales: Array, squares: Array, rows: Array, columns: Array
 ) -> None:
-    """w = decay w + (by_row (h - minus) by_column + plus), rows ``first`` to ``last`` of (rows, cols).
+    """codes = x * (127 / peak) to the nearest integer; for each row peak / 127 and the codes' sum of squares; bands as of ``missed``.
 
-    w, h: float32; minus, plus: as the product of ``missed``, ``minus`` perhaps without rows; by_row: (rows,), by_column: (cols,), float32.
+    x: (rows, cols) float32, finite; bits: the same as int32; codes: int8, written; scales, squares: (rows,) float32, written.
+    rows, columns: sums of the squares of x as of ``missed``, unless there are no columns.
+    """
+    for band in range(first, last):
+        if columns.shape[0]:
+            columns[band] = ZERO
+        for i in range(band * BAND, min((band + 1) * BAND, x.shape[0])):
+            values, magnitudes, found = x[i], bits[i], codes[i]
+            most = np.int32(0)
+            for j in range(magnitudes.size):
+                most = max(most, np.int32(magnitudes[j] & MAGNITUDE))
+            scales[i : i + 1].view(np.int32)[0] = most
+            peak = scales[i]
+            inverse = BYTE / peak if peak > SMALLEST else ZERO
+            total = np.int32(0)
+            for j in range(values.size):
+                code = np.int32(np.rint(values[j] * inverse))
+                found[j] = np.int8(code)
+                total += code * code
+            scales[i] = peak * PER_BYTE
+            squares[i] = np.float32(total)
+            if columns.shape[0]:
+                sums = columns[band]
+                for j in range(values.size):
+                    sums[j] += values[j] * values[j]
+                rows[i] = _sum_of_squares(values)
+
+
+@compiled
+def apply(
+    first: int, last: int, w: Array, left: Array, left_shift: int, plus: Array, shift: int, by_row: Array, by_column: Array, decay: float
+) -> None:
+    """w = decay w + (by_row left by_column + plus), rows ``first`` to ``last`` of (rows, cols).
+
+    w: float32; left, plus: as the product of ``missed``; by_row: (rows,), by_column: (cols,), float32.
     """
     wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
-    less, added = wide.view(np.float32), other.view(np.float32)
+    values, added = wide.view(np.float32), other.view(np.float32)
     for i in range(first, last):
         scale = by_row[i]
         for begin in range(0, w.shape[1], TILE):
             end = min(begin + TILE, w.shape[1])
-            weights, left, along = w[i, begin:end], h[i, begin:end], by_column[begin:end]
-            if minus.shape[0]:
-                _widen(minus[i, begin:end], shift, wide)
-                for j in range(left.size):
-                    less[j] = left[j] - less[j]
-                left = less
+            weights, along = w[i, begin:end], by_column[begin:end]
+            _widen(left[i, begin:end], left_shift, wide)
             _widen(plus[i, begin:end], shift, other)
             for j in range(weights.size):
-                weights[j] = weights[j] * decay + (left[j] * scale * along[j] + added[j])
+                weights[j] = weights[j] * decay + (values[j] * scale * along[j] + added[j])
 
 
 @compiled
 def moments(
-    first: int, last: int, m: Array, v: Array, u: Array, new: Array, beta: Array, old: Array, unbias: Array, eps: float, adam: Array
+    first: int,
+    last: int,
+    m: Array,
+    v: Array,
+    shift: int,
+    u: Array,
+    new: Array,
+    beta: Array,
+    old: Array,
+    unbias: Array,
+    eps: float,
+    mean: Array,
+    root: Array,
+    adam: Array,
 ) -> None:
-    """Adam's moments and direction, rows ``first`` to ``last`` of (rows, n) float32 arrays.
+    """Adam's moments and direction, rows ``first`` to ``last`` of (rows, n).
 
-    m = beta m + c u and v = sqrt(beta v + c u u), with c = (1 - beta) + new old; adam = (m / unbias[0]) / (v / unbias[1] + eps).
-    new: (rows,) float32; beta, old, unbias: (2,) float32, for the first and the second moment.
+    mean = beta m + c u and root = sqrt(beta v + c u u), with c = (1 - beta) + new old;
+    adam = (mean / unbias[0]) / (root / unbias[1] + eps).
+    m, v: as the product of ``missed``; u: float32; new: (rows,) float32; beta, old, unbias: (2,) float32, for the first and the second
+    moment; mean, root, adam: float32, written.
     """
+    wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    one, two = wide.view(np.float32), other.view(np.float32)
     for i in range(first, last):
-        mean, root, values, found = m[i], v[i], u[i], adam[i]
         c1, c2 = (ONE - beta[0]) + new[i] * old[0], (ONE - beta[1]) + new[i] * old[1]
-        for j in range(values.size):
-            mean[j] = beta[0] * mean[j] + c1 * values[j]
-            root[j] = np.sqrt(beta[1] * root[j] + c2 * (values[j] * values[j]))
-            found[j] = (mean[j] / unbias[0]) / (root[j] / unbias[1] + eps)
+        for begin in range(0, u.shape[1], TILE):
+            end = min(begin + TILE, u.shape[1])
+            _widen(m[i, begin:end], shift, wide)
+            _widen(v[i, begin:end], shift, other)
+            values, found, first_moment, root_moment = u[i, begin:end], adam[i, begin:end], mean[i, begin:end], root[i, begin:end]
+            for j in range(values.size):
+                first_moment[j] = beta[0] * one[j] + c1 * values[j]
+                root_moment[j] = np.sqrt(beta[1] * two[j] + c2 * (values[j] * values[j]))
+                found[j] = (first_moment[j] / unbias[0]) / (root_moment[j] / unbias[1] + eps)

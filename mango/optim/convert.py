@@ -71,7 +71,7 @@ def convert(
     folded = (matrix_count(shape), rows, cols)
     if source is not None:
         before = orthonormalize(source.basis.read())  # (count, m, r)
-        first, second = source.first.read(), source.second_root.read().square_()  # (count, r, n)
+        first, second = source.moments.first.read(), source.moments.root.read().square_()  # (count, r, n)
     else:
         first, second = (_upright(state[key].reshape(folded)).float() for key in PLAIN)  # (count, m, n)
         before = None
@@ -84,8 +84,8 @@ def convert(
     turn = basis.mT if before is None else rotation(basis, before)  # (count, r', r)
     first, second = _carry(turn, first, second)
     generator = counter_generator(seed, device)
-    stores = [(target.basis, basis), (target.first, first), (target.second_root, second.sqrt_())]
-    kept = [None] * 3 if source is None else [source.basis, source.first, source.second_root]
+    stores = [(target.basis, basis), (target.moments.first, first), (target.moments.root, second.sqrt_())]
+    kept = [None] * 3 if source is None else [source.basis, source.moments.first, source.moments.root]
     for (store, values), stored in zip(stores, kept, strict=True):
         _store(store, stored, values, generator, name)
     if source is not None:

@@ -30,7 +30,7 @@ def diagnose(
     total = torch.linalg.matrix_norm(a).square()  # (layers,)
     left = torch.linalg.matrix_norm(a - basis @ u).square()
     gradient = torch.stack([torch.linalg.vector_norm(grad.float()) for grad in grads])
-    first, second = stack.first.read(), stack.second_root.read()  # (layers, r, n)
+    first, second = stack.moments.first.read(), stack.moments.root.read()  # (layers, r, n)
     momentum, spread = torch.linalg.matrix_norm(first), torch.linalg.matrix_norm(second)
     unbiased = (1.0 - hyper.betas[1] ** hyper.step) / (1.0 - hyper.betas[0] ** hyper.step) ** 2
     columns = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,21 @@ from mango.errors import ConfigError
 from mango.feedback.buffer import ErrorBuffer
 from mango.native.threads import run
 from mango.optim.diagnose import diagnose
+from mango.optim.moments import Moments
 from mango.optim.plan import LayerPlan
+from mango.products import MOST, ByteMatrices, matmul, square_sums
 from mango.stacked import Stacked
 from mango.subspace import (
+    Matrix,
     counter_generator,
     half_step,
-    matmul,
     power_step,
-    rotate_moments,
     rotation,
     scout_alpha,
 )
+from mango.workspace import Workspace
 
-HALVES_PAY = 1 << 18  # values of a matrix from which bfloat16 products are faster than the conversion costs
+HALVES_PAY = 1 << 18  # values of a matrix from which products in bfloat16 or int8 are faster than the conversion costs
 
 
 def bfloat16_units(device: torch.device) -> bool:
@@ -45,35 +46,6 @@ def plain(param: Tensor) -> bool:
     return param.dtype == torch.float32 and param.is_contiguous()
 
 
-def square_sums(x: Tensor, minus: Tensor | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sums of the squares of x - minus along each row, (layers, rows), and down each column, (layers, cols).
-
-    x: (layers, rows, cols) float32; minus: the same in float32 or bfloat16, or None for zeros; left: where x - minus is written, if it is
-    given, contiguous and perhaps x.
-    """
-    if not native.ready(x.device):
-        if minus is not None:
-            x = torch.sub(x, minus, out=left)
-        return torch.linalg.vector_norm(x, dim=-1).square_(), torch.linalg.vector_norm(x, dim=-2).square_()
-    from mango.native import optim
-
-    layers, rows, cols = x.shape
-    bands = -(-rows // optim.BAND)
-    along, down = torch.empty(layers, rows), torch.empty(layers, bands, cols)
-    nothing = x.new_empty(layers, 0, cols)
-    bits, shift = whole_bits(nothing if minus is None else minus)
-    into = nothing if left is None else left
-    for values, other, by_row, by_band, out in zip(x.contiguous(), bits, along, down, into, strict=True):
-        arrays = (values.numpy(), other.numpy(), shift, by_row.numpy(), by_band.numpy(), out.numpy())
-        run(optim.missed, bands, optim.BAND * cols, *arrays)
-    return along, down.sum(dim=1)
-
-
-def whole_bits(x: Tensor) -> tuple[Tensor, np.int32]:
-    """x in float32 or bfloat16 as integers for a compiled loop, and by how much they are to be shifted to be the bits of float32."""
-    return (x.view(torch.int16), np.int32(16)) if x.dtype == torch.bfloat16 else (x.view(torch.int32), np.int32(0))
-
-
 @dataclass(frozen=True)
 class Hyper:
     """What a step needs beside gradients: the group's options and the counters."""
@@ -85,23 +57,7 @@ class Hyper:
     maximize: bool
     step: int  # 1 for the first
     seeds: Sequence[tuple[int, ...]]  # for each layer, counters that are never used twice: (seed, step, parameter, expert)
-    matmul: str  # "float32", "bfloat16", or "auto" (see mango.Mango)
-
-
-class Workspace:
-    """Scratch memory that the stacks of an optimizer share, by purpose: fresh pages cost a CPU as much as a pass over them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of this shape whose content is left over; it is valid until the purpose is asked for again."""
-        values = prod(shape)
-        held = self._held.get((purpose, dtype))
-        if held is None or held.numel() < values:
-            held = self._held[purpose, dtype] = torch.empty(values, dtype=dtype, device=self.device)
-        return held[:values].view(shape)
+    matmul: str  # "float32", "bfloat16", "int8", or "auto" (see mango.Mango)
 
 
 class LayerStack:
@@ -124,9 +80,7 @@ class LayerStack:
         self.rank = plan.columns(rows, cols, name)
         self.scouts = min(plan.scouts, self.rank) if self.rank < self.small else 0
         self.basis = Stacked(plan.basis_codec, layers, (self.small, self.rank), device)
-        self.first = Stacked(plan.moment_codec, layers, (self.rank, self.large), device)
-        # the root halves the decades that the codec must span, and its error is relative in the update's denominator
-        self.second_root = Stacked(plan.moment_codec, layers, (self.rank, self.large), device)
+        self.moments = Moments(plan.moment_codec, layers, self.rank, self.large, device)
         # mean squares of the residual along its rows and down its columns
         self.factored = plan.residual and plan.scaling == "factored" and self.rank < self.small
         self.rows_sq = Stacked("fp32", layers, (rows,), device) if self.factored else None
@@ -136,7 +90,7 @@ class LayerStack:
 
     def parts(self) -> dict[str, Tensor]:
         """Every stored tensor as "quantity.part", views (layers, …)."""
-        stores = {"basis": self.basis, "exp_avg": self.first, "exp_avg_sq_root": self.second_root}
+        stores = {"basis": self.basis, "exp_avg": self.moments.first, "exp_avg_sq_root": self.moments.root}
         optional = {"residual_rows_sq": self.rows_sq, "residual_cols_sq": self.cols_sq, "error": self.error.store}
         stores |= {quantity: store for quantity, store in optional.items() if store is not None}
         return {f"{quantity}.{part}": tensor for quantity, store in stores.items() for part, tensor in store.parts().items()}
@@ -170,28 +124,23 @@ class LayerStack:
         generators = [counter_generator(seed, self.device) for seed in hyper.seeds]
         generator = generators[0]  # also for codecs that draw
         h = self._compensate(grads, hyper, workspace)  # (layers, rows, cols) float32
-        low = workspace.take("low", shape, torch.bfloat16).copy_(h) if self._halves(hyper) else h  # what is multiplied
-        a = low if self.rows <= self.cols else low.mT  # (layers, m, n)
+        dtype = torch.bfloat16 if self._halves(hyper) else torch.float32  # of the factors
+        a = self._operand(h, dtype, hyper, workspace)  # (layers, m, n)
 
-        old, mean = self.basis.read(), self.first.read()  # (layers, m, r), (layers, r, n)
-        basis = self._track(a, old, mean, hyper, generators).to(low.dtype)
-        # (layers, r, n); of a tall matrix, products in the other order are a seventh faster
-        exact = matmul(basis.mT, low).float() if self.rows <= self.cols else matmul(low, basis).mT.float().contiguous()
+        old, mean = self.basis.read(), self.moments.read_first(workspace)  # (layers, m, r), (layers, r, n)
+        basis = self._track(a, old, mean, hyper, generators).to(dtype)
+        exact = self._project(basis, a)  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
-        adam = self._moments(u, rotation(as_used, old), mean, hyper)
+        adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, dtype, workspace)
         found = diagnose(self, h, as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
-        left, minus, scale, along = h, None, None, adam
-        if self.error.store is not None or self.factored:
-            # F = H - PU; compiled loops form it where they use it, unless it is kept
-            formed = self.error.store is not None or not native.ready(self.device)
-            minus = self._product(basis, u, "product" if formed else "missed", workspace)
-            out = workspace.take("h", shape, torch.float32) if formed else None
-            sums = square_sums(h, minus, out)
-            if out is not None:
-                left, minus = out, None
+        left, scale, along = h, None, adam
+        if self.error.store is not None or self.factored:  # F = H - PU; if it is not kept, it need not be more precise than PU
+            product = self._product(basis, u, "product", workspace)
+            left = product if self.error.store is None else workspace.take("h", shape)
+            sums = square_sums(h, product, left)
             self.error.keep(left, generator=generator)
             if self.factored:
                 scale = self._factored_scale(sums, adam, hyper)
@@ -199,11 +148,11 @@ class LayerStack:
                 scale = self._column_scale(self._across(sums), square_sums(u)[1], adam)
         elif self.plan.residual and self.rank < self.small:  # nothing needs H - PU: D = H s + P (A - U s), its norm by Pythagoras
             captured = square_sums(exact)[1]
-            missed = (self._across(square_sums(h)) - captured).clamp_min(0.0)
-            scale = self._column_scale(missed, captured if u is exact else square_sums(u)[1], adam)
+            total = self._across(a.sums if isinstance(a, ByteMatrices) and a.sums is not None else square_sums(h))
+            scale = self._column_scale((total - captured).clamp_min(0.0), captured if u is exact else square_sums(u)[1], adam)
             along = adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
-        step = self._product(basis, along.mul_(-hyper.lr), "product", workspace)
-        self._apply(params, left, minus, scale, step, hyper, workspace)
+        step = self._product(basis, along.mul_(-hyper.lr), "step", workspace)
+        self._apply(params, left, scale, step, hyper, workspace)
         return found
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor:
@@ -213,15 +162,36 @@ class LayerStack:
         if self.error.store is None and alone and not hyper.maximize:
             return grads[0].view(shape)
         sign = -1.0 if hyper.maximize else 1.0
-        return self.error.compensate(grads, workspace.take("h", shape, torch.float32), sign, self.plan.error_decay)
+        return self.error.compensate(grads, workspace.take("h", shape), sign, self.plan.error_decay)
 
     def _halves(self, hyper: Hyper) -> bool:
-        """Whether products are taken in bfloat16."""
-        if hyper.matmul == "auto":
+        """Whether products of factors are taken in bfloat16, and those with H if not in int8."""
+        if hyper.matmul in ("auto", "int8"):
             return self.rows * self.cols >= HALVES_PAY and bfloat16_units(self.device)
         return hyper.matmul == "bfloat16"
 
-    def _track(self, a: Tensor, old: Tensor, mean: Tensor, hyper: Hyper, generators: Sequence[torch.Generator | None]) -> Tensor:
+    def _bytes(self, hyper: Hyper) -> bool:
+        """Whether H is multiplied as int8, of which a CPU's units take twice as many as of bfloat16. Finding scales pays if compiled."""
+        if self.device.type != "cpu" or self.large > MOST or self.small == 1:  # torch 2.13 misreads the strides of a side of one
+            return False
+        pays = self.rows * self.cols >= HALVES_PAY and torch.cpu._is_vnni_supported() and native.ready(self.device)
+        return hyper.matmul == "int8" or (hyper.matmul == "auto" and pays)
+
+    def _operand(self, h: Tensor, dtype: torch.dtype, hyper: Hyper, workspace: Workspace) -> Matrix:
+        """H (layers, rows, cols) as it is multiplied, A (layers, m, n)."""
+        turned, shape = self.rows > self.cols, tuple(h.shape)
+        if self._bytes(hyper):
+            return ByteMatrices(h, turned, workspace, summed=self.error.store is None and not self.factored)
+        low = h if dtype == torch.float32 else workspace.take("low", shape, dtype).copy_(h)
+        return low.mT if turned else low
+
+    def _project(self, basis: Tensor, a: Matrix) -> Tensor:
+        """PᵀA (layers, r, n) float32; of a tall matrix, products in the other order are a seventh faster."""
+        if isinstance(a, ByteMatrices):
+            return a.left(basis.mT.float())
+        return matmul(basis.mT, a).float() if self.rows <= self.cols else matmul(a.mT, basis).mT.float().contiguous()
+
+    def _track(self, a: Matrix, old: Tensor, mean: Tensor, hyper: Hyper, generators: Sequence[torch.Generator | None]) -> Tensor:
         """The new basis (layers, m, r) for H (layers, m, n), strongest column first; scouts replace the weakest directions of the start.
 
         That is the basis before, or with half a step the first moment in it, ``mean`` (layers, r, n).
@@ -251,15 +221,14 @@ class LayerStack:
         self,
         params: Sequence[Tensor],
         left: Tensor,
-        minus: Tensor | None,
         scale: tuple[Tensor, Tensor] | None,
         step: Tensor,
         hyper: Hyper,
         workspace: Workspace,
     ) -> None:
-        """W <- (1 - lr weight_decay) W - lr diag(scale[0]) (left - minus) diag(scale[1]) + step; scales (layers, rows), (layers, cols).
+        """W <- (1 - lr weight_decay) W - lr diag(scale[0]) left diag(scale[1]) + step; scales (layers, rows), (layers, cols).
 
-        left, minus, step: (layers, rows, cols); None for minus stands for zeros, and for the scale too.
+        left, step: (layers, rows, cols) float32 or bfloat16; None for the scale stands for zeros.
         """
         decay = 1.0 - hyper.lr * hyper.weight_decay
         if scale is not None:
@@ -267,15 +236,13 @@ class LayerStack:
             if native.ready(self.device) and all(plain(param) for param in params):
                 from mango.native import optim
 
-                added, shift = whole_bits(step)
-                taken = added[:, :0] if minus is None else whole_bits(minus)[0]
-                for param, values, *others in zip(params, left, taken, added, by_row, by_column, strict=True):
-                    a, b, along, down = (other.numpy() for other in others)
+                (values, left_shift), (added, shift) = native.float_bits(left), native.float_bits(step)
+                for param, *parts in zip(params, values, added, by_row, by_column, strict=True):
+                    a, b, along, down = (part.numpy() for part in parts)
                     weights = param.detach().view(self.rows, self.cols).numpy()
-                    run(optim.apply, self.rows, self.cols, weights, values.numpy(), a, b, shift, along, down, np.float32(decay))
+                    run(optim.apply, self.rows, self.cols, weights, a, left_shift, b, shift, along, down, np.float32(decay))
                 return
-            missed = left if minus is None else left - minus
-            scaled = torch.mul(missed, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape), torch.float32))
+            scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))
             step = scaled.mul_(by_column.unsqueeze(-2)).add_(step)
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
@@ -284,54 +251,6 @@ class LayerStack:
     @staticmethod
     def _add(params: Sequence[Tensor], step: Tensor) -> None:
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(step.unbind(0), params, strict=True)])
-
-    def _moments(self, u: Tensor, r: Tensor, mean: Tensor, hyper: Hyper) -> Tensor:
-        """Adam's direction for the factor U (layers, r, n), with the moments, of which the first is ``mean``, carried to the new basis by r
-        (layers, r, r).
-
-        Row i of r has squared norm c <= 1: that much of the new direction lay in the old span, and the rest has no history. Left at zero,
-        the missing second moment would blow the step up to (1 - beta1) / sqrt(1 - beta2) times its size, as bias correction knows only
-        the age of the state. The rest is taken to have had the present factor all along, so that a wholly new direction (c = 0)
-        steps as Adam's own first step does: its corrected moments are U and U².
-        """
-        beta1, beta2 = hyper.betas
-        dtype = torch.bfloat16 if self._halves(hyper) else torch.float32
-        moments = (mean, self.second_root.read().square_())
-        m, v = (moment.float() for moment in rotate_moments(r.to(dtype), *(moment.to(dtype) for moment in moments)))
-        new = (1.0 - r.square().sum(dim=-1)).clamp_(0.0, 1.0)  # (layers, r)
-        old = beta1 * (1.0 - beta1 ** (hyper.step - 1)), beta2 * (1.0 - beta2 ** (hyper.step - 1))
-        unbias = 1.0 - beta1**hyper.step, (1.0 - beta2**hyper.step) ** 0.5
-        adam = self._adam(m, v, u, new, hyper, old, unbias)
-        self.first.write(m)
-        self.second_root.write(v)
-        return adam
-
-    def _adam(
-        self, m: Tensor, v: Tensor, u: Tensor, new: Tensor, hyper: Hyper, old: tuple[float, float], unbias: tuple[float, float]
-    ) -> Tensor:
-        """The direction; m becomes the first moment and v the root of the second: beta (m + new (1 - beta^(t-1)) u) + (1 - beta) u."""
-        beta1, beta2 = hyper.betas
-        if native.ready(self.device):
-            from mango.native import optim
-
-            adam = torch.empty_like(u)
-            numbers = (np.array(pair, np.float32) for pair in (hyper.betas, old, unbias))
-            arrays = (part.view(-1, self.large).numpy() for part in (m, v, u.contiguous()))
-            run(
-                optim.moments,
-                self.layers * self.rank,
-                self.large,
-                *arrays,
-                new.reshape(-1).numpy(),
-                *numbers,
-                np.float32(hyper.eps),
-                adam.view(-1, self.large).numpy(),
-            )
-            return adam
-        new = new.unsqueeze(-1)
-        m.mul_(beta1).addcmul_(new * old[0] + (1.0 - beta1), u)
-        v.mul_(beta2).addcmul_(new * old[1] + (1.0 - beta2), u.square()).sqrt_()
-        return (m / unbias[0]).div_((v / unbias[1]).add_(hyper.eps))
 
     def _factored_scale(self, sums: tuple[Tensor, Tensor], adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
         """Scales along rows (layers, rows) and down columns (layers, cols) of the residual: Adafactor's (arXiv:1804.04235), bounded.
@@ -379,9 +298,9 @@ class LayerStack:
     def certified(self, hyper: Hyper) -> float:
         """T3 and T4: the contraction that H -> P q(PᵀH) has for every H, in expectation over the scouts.
 
-        0 when products are taken in bfloat16: rounding them errs by about 2^-9 ‖H‖, the order of the certificate itself.
+        0 when products are taken in bfloat16 or int8: rounding them errs by 2^-9 ‖H‖ and more, the order of the certificate itself.
         """
-        if self._halves(hyper):
+        if self._halves(hyper) or self._bytes(hyper):
             return 0.0
         half = self.scouts / self.small if self.rank < self.small else 1.0
         basis = half if self.plan.power == "half" else scout_alpha(self.small, self.rank, self.scouts)

@@ -8,7 +8,7 @@ from typing import Any
 from mango.errors import ConfigError
 from mango.optim.plan import LayerPlan
 
-MATMUL = ("auto", "float32", "bfloat16")
+MATMUL = ("auto", "float32", "bfloat16", "int8")
 
 
 def plan_of(group: Mapping[str, Any], number: int | None = None) -> LayerPlan | None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mango.optim.adamw import step_group
-from mango.optim.layers import Hyper, LayerStack, Workspace
+from mango.optim.layers import Hyper, LayerStack
 from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
+from mango.workspace import Workspace
 
 State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter
 HOLDS = ("cpu",)  # devices on which scratch memory is held between steps; others have allocators that give it back at no cost

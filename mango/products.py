@@ -1,0 +1,130 @@
+"""Products with a stack of large matrices, in the arithmetic that the processor is fastest in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mango import native
+from mango.native.threads import run
+from mango.workspace import Workspace
+
+MOST = 1 << 17  # terms of which an int32 holds the sum, each at most 127²
+TINY = 1e-36  # a row without a larger magnitude is taken as zero: the inverse of its scale would overflow
+
+
+def large(a: Tensor, b: Tensor) -> bool:
+    """Whether matrices of these sizes are better multiplied one by one than in a batch, on a CPU."""
+    return a.device.type == "cpu" and a.numel() + b.numel() >= 1 << 17
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b. On a CPU large matrices of a stack are multiplied one by one: torch.bmm copies bfloat16 operands that are transposed."""
+    if a.ndim != 3 or not large(a[0], b[0]):
+        return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+    if out is None:
+        out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=a.dtype)
+    for one, other, result in zip(a, b, out, strict=True):
+        torch.mm(one, other, out=result)
+    return out
+
+
+def square_sums(x: Tensor, minus: Tensor | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums of the squares of x - minus along each row, (layers, rows), and down each column, (layers, cols).
+
+    x: (layers, rows, cols) float32; minus: the same in float32 or bfloat16, or None for zeros; left: where x - minus is written, if it is
+    given, contiguous, in float32 or bfloat16, perhaps x or minus.
+    """
+    if not native.ready(x.device):
+        if minus is not None:
+            x = torch.sub(x, minus, out=left if left is x else None)
+        if left is not None and left is not x:
+            left.copy_(x)
+        return torch.linalg.vector_norm(x, dim=-1).square_(), torch.linalg.vector_norm(x, dim=-2).square_()
+    from mango.native import optim
+
+    layers, rows, cols = x.shape
+    bands = -(-rows // optim.BAND)
+    along, down = torch.empty(layers, rows), torch.empty(layers, bands, cols)
+    nothing = x.new_empty(layers, 0, cols)
+    bits, shift = native.float_bits(nothing if minus is None else minus)
+    into = nothing if left is None else left if left.dtype == torch.float32 else left.view(torch.int16)
+    for values, other, by_row, by_band, out in zip(x.contiguous(), bits, along, down, into, strict=True):
+        arrays = (values.numpy(), other.numpy(), shift, by_row.numpy(), by_band.numpy(), out.numpy())
+        run(optim.missed, bands, optim.BAND * cols, *arrays)
+    return along, down.sum(dim=1)
+
+
+class Bytes(NamedTuple):
+    """x (layers, rows, cols) as int8: codes * scale is within half a scale, 1/254 of the largest magnitude in its row, of x.
+
+    ``squares`` are the sums of the squares of the codes of each row; ``sums`` those of x, as of ``square_sums``, where they were asked for.
+    """
+
+    codes: Tensor  # (layers, rows, cols)
+    scales: Tensor  # (layers, rows)
+    squares: Tensor  # (layers, rows)
+    sums: tuple[Tensor, Tensor] | None = None
+
+
+def to_bytes(x: Tensor, out: Tensor, summed: bool = False) -> Bytes:
+    """x (layers, rows, cols) float32 as codes in ``out``, int8 of that shape; ``summed``: also find the sums of its squares."""
+    layers, rows, cols = x.shape
+    if native.ready(x.device):
+        from mango.native import optim
+
+        bands = -(-rows // optim.BAND)
+        scales, squares, along = (torch.empty(layers, rows) for _ in range(3))
+        down = torch.empty(layers, bands if summed else 0, cols)
+        for values, *written in zip(x.contiguous(), out, scales, squares, along, down, strict=True):
+            arrays = (part.numpy() for part in written)
+            run(optim.to_bytes, bands, optim.BAND * cols, values.numpy(), values.view(torch.int32).numpy(), *arrays)
+        return Bytes(out, scales, squares, (along, down.sum(dim=1)) if summed else None)
+    peak = x.abs().amax(dim=-1)
+    inverse = torch.where(peak > TINY, torch.full_like(peak, 127.0) / peak, 0.0)  # 127.0 / peak would round twice
+    codes = (x * inverse.unsqueeze(-1)).round_()
+    return Bytes(
+        out.copy_(codes), peak * (1.0 / 127.0), codes.square_().sum(dim=-1, dtype=torch.float64).float(), square_sums(x) if summed else None
+    )
+
+
+class ByteMatrices:
+    """A stack A (layers, m, n) as int8 with a scale for each row, or for each column, multiplied in integers: exactly, but for the
+    rounding of both operands.
+
+    Args:
+        x: (layers, rows, cols) float32, finite.
+        turned: whether A is x transposed; scales belong to the rows of x, so to the columns of A then.
+        workspace: for the codes and for products.
+        summed: also find ``sums``, those of ``square_sums(x)``, while the values are at hand.
+    """
+
+    def __init__(self, x: Tensor, turned: bool, workspace: Workspace, summed: bool = False) -> None:
+        codes, self._scales, _, self.sums = to_bytes(x, workspace.take("low", tuple(x.shape), torch.int8), summed)
+        self._a, self._turned, self._workspace = codes.mT if turned else codes, turned, workspace
+
+    def left(self, x: Tensor) -> Tensor:
+        """x A (layers, k, n) float32 for x (layers, k, m); valid until the next call."""
+        return self._product(x, self._a, self._turned, unit=False, purpose="left")
+
+    def right(self, x: Tensor, unit: bool = False) -> Tensor:
+        """x Aᵀ (layers, k, m) float32 for x (layers, k, n), or with ``unit`` for rows of x brought to norm 1; valid until the next call."""
+        return self._product(x, self._a.mT, not self._turned, unit, purpose="right")
+
+    def _product(self, x: Tensor, a: Tensor, apart: bool, unit: bool, purpose: str) -> Tensor:
+        """``apart``: whether A's scales belong to the result; otherwise they are part of the sums, and go into x before it is rounded."""
+        workspace, scales, norms = self._workspace, self._scales.unsqueeze(-2), None
+        if unit and not apart:  # the norms are of x itself
+            norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+        given = x if apart else torch.mul(x, scales, out=workspace.take("scaled", tuple(x.shape)))
+        codes, own, squares, _ = to_bytes(given, workspace.take("codes", tuple(x.shape), torch.int8))
+        if unit:  # by the codes' norm no square of a small value underflows
+            own = squares.clamp_min_(1.0).rsqrt_() if norms is None else (own / norms.clamp_min(1e-300)).float()
+        shape = (*x.shape[:-1], a.shape[-1])
+        sums = workspace.take("sums", shape, torch.int32)
+        for one, other, result in zip(codes, a, sums, strict=True):
+            torch._int_mm(one, other, out=result)
+        product = workspace.take(purpose, shape).copy_(sums).mul_(own.unsqueeze(-1))
+        return product.mul_(scales) if apart else product

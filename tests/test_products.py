@@ -1,0 +1,129 @@
+"""Products with a stack of large matrices as int8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mango.errors import ConfigError
+from mango.optim import Mango
+from mango.products import MOST, ByteMatrices
+from mango.subspace import captured_energy, gaussian, half_step, orthonormalize, power_step
+from mango.workspace import Workspace
+
+CPU = torch.device("cpu")
+
+
+def stack(x: torch.Tensor, turned: bool) -> ByteMatrices:
+    """The ByteMatrices A (layers, m, n) of x = A or, turned, of x = Aᵀ."""
+    return ByteMatrices(x.mT.contiguous() if turned else x, turned, Workspace(CPU))
+
+
+@given(
+    layers=st.integers(1, 3),
+    m=st.integers(2, 70),
+    n=st.integers(2, 90),
+    k=st.integers(1, 9),
+    turned=st.booleans(),
+    scale=st.sampled_from([1.0, 1e-20, 1e10]),
+    seed=st.integers(0, 1000),
+)
+def test_products_are_within_the_rounding_of_both_operands(
+    layers: int, m: int, n: int, k: int, turned: bool, scale: float, seed: int
+) -> None:
+    a = gaussian((layers, m, n), (seed, 0)) * scale
+    found = stack(a, turned)
+    for x, product, exact in (
+        (gaussian((layers, k, m), (seed, 1)), found.left, lambda x: x.double() @ a.double()),
+        (gaussian((layers, k, n), (seed, 2)), found.right, lambda x: x.double() @ a.double().mT),
+    ):
+        # each operand errs by at most half a scale, 1/254 of its largest magnitude; a bound that needs no row of them
+        one, other = x.double().abs().amax(), a.double().abs().amax()
+        inner = x.shape[-1]
+        most = inner * one * other * (2 / 254 + 1 / 254**2)
+        assert float((product(x).double() - exact(x)).abs().max()) <= float(most) * 1.001
+        assert product(x).dtype == torch.float32
+
+
+def test_integers_that_fill_the_codes_are_multiplied_exactly() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, x = (torch.randint(-127, 128, shape, generator=draw).float() for shape in ((2, 40, 60), (2, 5, 40)))
+    a[..., 0], x[..., 0] = 127.0, 127.0  # so that every scale is 1
+    assert torch.equal(stack(a, False).left(x), x @ a)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-25])
+def test_rows_of_norm_one(turned: bool, scale: float) -> None:
+    """The squares of these values underflow in float32."""
+    a, x = gaussian((1, 40, 60), (1,)), gaussian((1, 5, 60), (2,)) * scale
+    unit = x.double() / x.double().norm(dim=-1, keepdim=True)
+    expected = unit @ a.double().mT
+    found = stack(a, turned).right(x, unit=True).double()
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_basis_from_bytes_captures_what_one_from_floats_does(turned: bool) -> None:
+    a = gaussian((2, 48, 8), (1,)) @ gaussian((2, 8, 96), (2,)) + 0.3 * gaussian((2, 48, 96), (3,))
+    start, rows = orthonormalize(gaussian((2, 48, 6), (4,))), gaussian((2, 6, 96), (5,))
+    for rough, exact in (
+        (power_step(start, stack(a, turned))[0], power_step(start, a)[0]),
+        (half_step(stack(a, turned), rows), half_step(a, rows)),
+    ):
+        assert float((rough.mT @ rough - torch.eye(6)).abs().max()) < 1e-2
+        assert torch.allclose(captured_energy(rough, a), captured_energy(exact, a), rtol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
+@pytest.mark.parametrize("plan", [{}, {"error": "none"}, {"error": "none", "power": "half", "scaling": "column"}])
+def test_training_with_bytes_is_training(shape: tuple[int, int], plan: dict[str, str]) -> None:
+    """A regression on noisy inputs: the loss that float32 reaches."""
+
+    def loss(matmul: str) -> float:
+        truth, weight = gaussian(shape, (1,)), torch.nn.Parameter(torch.zeros(shape))
+        optimizer = Mango([("w", weight)], lr=0.05, plan=plan, matmul=matmul)
+        for step in range(60):
+            x = gaussian((64, shape[1]), (2, step))
+            optimizer.zero_grad()
+            (x @ (weight - truth).mT).square().mean().backward()
+            optimizer.step()
+        return float((weight.detach() - truth).square().mean())
+
+    assert loss("int8") < 1.1 * loss("float32") < 0.5
+
+
+def test_nothing_is_certified_of_products_in_bytes() -> None:
+    weight = torch.nn.Parameter(gaussian((80, 90), (1,)))
+    found = {}
+    for matmul in ("float32", "int8"):
+        optimizer = Mango([("w", weight)], matmul=matmul)
+        optimizer.observe()
+        weight.grad = gaussian((80, 90), (2,))
+        optimizer.step()
+        found[matmul] = optimizer.diagnostics()["w"]["certified"]
+    assert found["float32"] > 0.0 and found["int8"] == 0.0
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1)])
+def test_a_matrix_with_a_side_of_one_is_multiplied_as_floats(shape: tuple[int, int]) -> None:
+    """torch 2.13's integer product misreads the strides of such a matrix on a CPU."""
+    found = []
+    for matmul in ("float32", "int8"):
+        weight = torch.nn.Parameter(gaussian(shape, (1,)))
+        optimizer = Mango([("w", weight)], lr=0.1, matmul=matmul)
+        weight.grad = gaussian(shape, (2,))
+        optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
+def test_sums_fit_their_integers() -> None:
+    assert MOST * 127**2 < 2**31
+
+
+def test_an_unknown_arithmetic_is_refused() -> None:
+    with pytest.raises(ConfigError, match="int4"):
+        Mango([torch.nn.Parameter(torch.zeros(8, 8))], matmul="int4")
