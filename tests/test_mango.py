@@ -79,7 +79,9 @@ class Reference:
             direction = direction + (self.factored(left, adam) if self.plan.scaling == "factored" else self.by_column(left, u, adam))
         if self.plan.error != "none":
             self.error = left.T if flip else left
-        self.w = (1 - self.lr * self.decay) * self.w - self.lr * (direction.T if flip else direction)
+        direction = direction.T if flip else direction
+        direction = direction + self.plan.caution * direction.abs() * grad.double().sign()
+        self.w = (1 - self.lr * self.decay) * self.w - self.lr * direction
         self.basis = p
 
     def by_column(self, left: Tensor, u: Tensor, adam: Tensor) -> Tensor:
@@ -126,11 +128,30 @@ def test_matches_the_update_rule_in_float64(
         assert torch.allclose(param.detach().flatten(1).double(), reference.w, atol=2e-5), step
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of the second there is no compiled update
+def test_whole_caution_moves_nothing_against_its_gradient(maximize: bool, dtype: torch.dtype) -> None:
+    moved = {}
+    for caution in (0.0, 0.5, 1.0):
+        param = nn.Parameter(torch.zeros(64, 80, dtype=dtype))
+        optimizer = Mango([("w", param)], lr=0.1, plan=LayerPlan(rank=4, caution=caution), maximize=maximize)
+        for step in range(3):
+            before, grad = param.detach().clone(), gaussian((64, 80), (step,)).to(dtype)
+            grad[0] = 0.0
+            push(optimizer, [(param, grad)])
+        moved[caution] = (param.detach() - before).double() * (1 if maximize else -1)
+    agreement = moved[0.0] * grad.double()
+    assert 0.05 < float((agreement < 0).double().mean()) < 0.5
+    assert float((moved[1.0] * grad.double()).min()) >= 0.0
+    if dtype == torch.float32:
+        assert torch.allclose(moved[0.5], moved[0.0] * (1.0 + 0.5 * agreement.sign()), atol=1e-6)
+
+
 def test_full_rank_is_adam_in_a_rotated_basis() -> None:
-    # with the basis complete, H is captured whole: no residual, no error, and the first step is the sign of PᵀG
+    # with the basis complete, H is captured whole: no residual, no error, and the first step is the sign of PᵀG; caution would bend it
     param = matrix(64, 80)
     start = param.detach().clone()
-    optimizer = Mango([("w", param)], lr=0.5, plan=replace(EXACT, rank=64))
+    optimizer = Mango([("w", param)], lr=0.5, plan=replace(EXACT, rank=64, caution=0.0))
     optimizer.observe()
     grad = gaussian((64, 80), (1,))
     push(optimizer, [(param, grad)])

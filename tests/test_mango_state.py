@@ -151,6 +151,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ({"scouts": -1}, r"plan.scouts = -1 is not legal: an integer >= 0"),
         ({"moment_codec": "int7"}, r"plan.moment_codec = 'int7' is not legal: one of bf16, fp32"),
         ({"error": "grad"}, r"plan.error = 'grad' is not legal: one of none, gradient, codec"),
+        ({"caution": 1.5}, r"plan.caution = 1.5 is not legal: a number in \[0, 1\]; 0 for none"),
+        ({"caution": True}, r"plan.caution = True is not legal"),
         ({"error_decay": 0.0}, r"plan.error_decay = 0.0 is not legal: a number in \(0, 1\]; for no error, error = none"),
         ({"residual": 1}, r"plan.residual = 1 is not legal: true or false"),
     ],

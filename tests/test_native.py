@@ -143,10 +143,13 @@ def test_the_error_is_decoded_and_added_with_the_bits_of_two_passes() -> None:
 def test_the_update_is_applied_with_the_bits_of_its_passes(cols: int, dtype: torch.dtype, left_dtype: torch.dtype) -> None:
     w, by_row, by_column = gaussian((70, cols), (1,)), gaussian((70,), (3,)), gaussian((cols,), (4,))
     left, plus = gaussian((70, cols), (2,)).to(left_dtype), gaussian((70, cols), (6,)).to(dtype)
-    expected = w * 0.875 + (left * by_row[:, None] * by_column + plus)
+    g = gaussian((70, cols), (7,))
+    g[:3] = 0.0
+    x = left * by_row[:, None] * by_column + plus
+    expected = w * 0.875 + (x + x.abs() * -0.6 * g.sign())
     (taken, left_shift), (added, shift) = native.float_bits(left), native.float_bits(plus)
-    arrays = (w.numpy(), taken.numpy(), left_shift, added.numpy(), shift, by_row.numpy(), by_column.numpy())
-    loops.apply(0, 70, *arrays, np.float32(0.875))
+    arrays = (w.numpy(), taken.numpy(), left_shift, added.numpy(), shift, by_row.numpy(), by_column.numpy(), g.numpy())
+    loops.apply(0, 70, *arrays, np.float32(0.875), np.float32(-0.6))
     assert same(w, expected)
 
 

@@ -80,7 +80,7 @@ def test_a_basis_from_bytes_captures_what_one_from_floats_does(turned: bool) -> 
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
 @pytest.mark.parametrize("plan", [{}, {"error": "none"}, {"error": "none", "power": "half", "scaling": "column"}])
 def test_training_with_bytes_is_training(shape: tuple[int, int], plan: dict[str, str]) -> None:
-    """A regression on noisy inputs: the loss that float32 reaches."""
+    """A regression on random inputs: as near to the truth, from a distance of 1, as with float32."""
 
     def loss(matmul: str) -> float:
         truth, weight = gaussian(shape, (1,)), torch.nn.Parameter(torch.zeros(shape))
@@ -92,7 +92,7 @@ def test_training_with_bytes_is_training(shape: tuple[int, int], plan: dict[str,
             optimizer.step()
         return float((weight.detach() - truth).square().mean())
 
-    assert loss("int8") < 1.1 * loss("float32") < 0.5
+    assert abs(loss("int8") - loss("float32")) < 1e-3
 
 
 def test_nothing_is_certified_of_products_in_bytes() -> None:

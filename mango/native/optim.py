@@ -133,11 +133,22 @@ def to_bytes(
 
 @compiled
 def apply(
-    first: int, last: int, w: Array, left: Array, left_shift: int, plus: Array, shift: int, by_row: Array, by_column: Array, decay: float
+    first: int,
+    last: int,
+    w: Array,
+    left: Array,
+    left_shift: int,
+    plus: Array,
+    shift: int,
+    by_row: Array,
+    by_column: Array,
+    g: Array,
+    decay: float,
+    against: float,
 ) -> None:
-    """w = decay w + (by_row left by_column + plus), rows ``first`` to ``last`` of (rows, cols).
+    """w = decay w + (x + against |x| sign(g)), x = by_row left by_column + plus, rows ``first`` to ``last`` of (rows, cols).
 
-    w: float32; left, plus: as the product of ``missed``; by_row: (rows,), by_column: (cols,), float32.
+    w, g: float32; left, plus: as the product of ``missed``; by_row: (rows,), by_column: (cols,), float32.
     """
     wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     values, added = wide.view(np.float32), other.view(np.float32)
@@ -145,11 +156,14 @@ def apply(
         scale = by_row[i]
         for begin in range(0, w.shape[1], TILE):
             end = min(begin + TILE, w.shape[1])
-            weights, along = w[i, begin:end], by_column[begin:end]
+            weights, along, slope = w[i, begin:end], by_column[begin:end], g[i, begin:end]
             _widen(left[i, begin:end], left_shift, wide)
             _widen(plus[i, begin:end], shift, other)
             for j in range(weights.size):
-                weights[j] = weights[j] * decay + (values[j] * scale * along[j] + added[j])
+                x = values[j] * scale * along[j] + added[j]
+                more = abs(x) * against
+                more = more if slope[j] > ZERO else (-more if slope[j] < ZERO else ZERO)
+                weights[j] = weights[j] * decay + (x + more)
 
 
 @compiled

@@ -152,7 +152,7 @@ class LayerStack:
             scale = self._column_scale((total - captured).clamp_min(0.0), captured if u is exact else square_sums(u)[1], adam)
             along = adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
         step = self._product(basis, along.mul_(-hyper.lr), "step", workspace)
-        self._apply(params, left, scale, step, hyper, workspace)
+        self._apply(params, grads, left, scale, step, hyper, workspace)
         return found
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor:
@@ -220,36 +220,40 @@ class LayerStack:
     def _apply(
         self,
         params: Sequence[Tensor],
+        grads: Sequence[Tensor],
         left: Tensor,
         scale: tuple[Tensor, Tensor] | None,
         step: Tensor,
         hyper: Hyper,
         workspace: Workspace,
     ) -> None:
-        """W <- (1 - lr weight_decay) W - lr diag(scale[0]) left diag(scale[1]) + step; scales (layers, rows), (layers, cols).
+        """W <- (1 - lr weight_decay) W + X (1 + caution sign(-X G)), X = step - lr diag(scale[0]) left diag(scale[1]).
 
-        left, step: (layers, rows, cols) float32 or bfloat16; None for the scale stands for zeros.
+        left, step: (layers, rows, cols) float32 or bfloat16; scale: (layers, rows), (layers, cols), or None for zeros. G is negated when
+        it is ascended.
         """
         decay = 1.0 - hyper.lr * hyper.weight_decay
+        against = self.plan.caution if hyper.maximize else -self.plan.caution  # X (1 + c sign(-X G)) = X - c |X| sign(G)
         if scale is not None:
             by_row, by_column = scale[0] * -hyper.lr, scale[1]
-            if native.ready(self.device) and all(plain(param) for param in params):
+            if native.ready(self.device) and all(plain(tensor) for tensor in (*params, *grads)):
                 from mango.native import optim
 
                 (values, left_shift), (added, shift) = native.float_bits(left), native.float_bits(step)
-                for param, *parts in zip(params, values, added, by_row, by_column, strict=True):
+                for param, grad, *parts in zip(params, grads, values, added, by_row, by_column, strict=True):
                     a, b, along, down = (part.numpy() for part in parts)
-                    weights = param.detach().view(self.rows, self.cols).numpy()
-                    run(optim.apply, self.rows, self.cols, weights, a, left_shift, b, shift, along, down, np.float32(decay))
+                    weights, g = (tensor.detach().view(self.rows, self.cols).numpy() for tensor in (param, grad))
+                    numbers = (np.float32(decay), np.float32(against))
+                    run(optim.apply, self.rows, self.cols, weights, a, left_shift, b, shift, along, down, g, *numbers)
                 return
             scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))
             step = scaled.mul_(by_column.unsqueeze(-2)).add_(step)
+        if against:
+            signs = workspace.take("h", tuple(step.shape))  # H is no longer needed
+            torch._foreach_copy_([sign.view(grad.shape) for sign, grad in zip(signs.unbind(0), grads, strict=True)], list(grads))
+            step.addcmul_(step.abs(), signs.sign_().to(step.dtype), value=against)
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
-        self._add(params, step)
-
-    @staticmethod
-    def _add(params: Sequence[Tensor], step: Tensor) -> None:
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(step.unbind(0), params, strict=True)])
 
     def _factored_scale(self, sums: tuple[Tensor, Tensor], adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:

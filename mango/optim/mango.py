@@ -43,7 +43,7 @@ class Mango(Planned):
         F &= H - P U, \quad a = \mathrm{mean}_j F_{ij}^2, \quad b = \mathrm{mean}_i F_{ij}^2 && \text{running means too, (m), (n)} \\
         D &= P A + s F / \sqrt{a b^\top / \sqrt{\bar a \bar b}} && \text{residual direction, s at most 1, bounded by A} \\
         E &= F                                      && \text{kept as the plan says} \\
-        W &\leftarrow (1 - \eta\lambda) W - \eta D
+        W &\leftarrow (1 - \eta\lambda) W - \eta (D + c |D| \mathrm{sign}(G)) && \text{longer where it agrees with the gradient}
 
     or, with ``power="half"``, P = orth(H [M', S]ᵀ) from the momentum. The map H -> PU contracts with T3's certificate in expectation over
     the scouts. Between steps only P, M, sqrt(V) and E are kept, each through the codec that the plan names. Tensors with fewer than two
@@ -51,7 +51,8 @@ class Mango(Planned):
     float32 moments.
 
     Sources: GaLore (arXiv:2403.03507) for Adam on a projected gradient, Fira (arXiv:2410.01623) for stepping along the residual,
-    Adafactor (arXiv:1804.04235) for its scales, LDAdam (arXiv:2410.16103) for moments that follow the basis and for the kept error.
+    Adafactor (arXiv:1804.04235) for its scales, LDAdam (arXiv:2410.16103) for moments that follow the basis and for the kept error,
+    Cautious Optimizers (arXiv:2411.16085) for the last line.
     Departures: the basis moves every step by products alone, never by an SVD; scouts; the residual is both stepped along and kept as
     error; the state is stored by codecs.
 

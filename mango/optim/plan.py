@@ -62,6 +62,10 @@ class LayerPlan:
         residual: also step along the part of H that the basis missed.
         scaling: how that part is scaled: "factored", divided by the roots of the mean squares of its rows and columns (Adafactor), or
             "column", by the adaptive part's length in each column (Fira), which needs no state and, without error, one product less.
+        caution: c in [0, 1]: the step D becomes D (1 + c sign(D G)), longer where it agrees in sign with the gradient of this step and
+            shorter where it does not. Momentum and kept error are up to twenty gradients old, and where they have become wrong this is
+            seen at once. 1 takes no coordinate against its gradient, as Cautious Optimizers do (arXiv:2411.16085; they then rescale by
+            the share of what is left, which a sum over the whole matrix has to wait for, and we do not); 0 is without.
     """
 
     rank: int | float = 1 / 8
@@ -75,6 +79,7 @@ class LayerPlan:
     error_decay: float = 0.95
     residual: bool = True
     scaling: str = "factored"
+    caution: float = 0.6
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int | float):
@@ -93,6 +98,8 @@ class LayerPlan:
             raise ConfigError.of("plan.error", self.error, "one of " + ", ".join(KINDS))
         if isinstance(self.error_decay, bool) or not isinstance(self.error_decay, int | float) or not 0.0 < self.error_decay <= 1.0:
             raise ConfigError.of("plan.error_decay", self.error_decay, "a number in (0, 1]; for no error, error = none")
+        if isinstance(self.caution, bool) or not isinstance(self.caution, int | float) or not 0.0 <= self.caution <= 1.0:
+            raise ConfigError.of("plan.caution", self.caution, "a number in [0, 1]; 0 for none")
         if not isinstance(self.residual, bool):
             raise ConfigError.of("plan.residual", self.residual, "true or false")
         if self.scaling not in SCALINGS:
