@@ -1,0 +1,114 @@
+"""Mango's update rule in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mango import LayerPlan, Mango
+from mango.subspace import counter_generator, gaussian
+
+EXACT = LayerPlan(basis_codec="fp32", moment_codec="fp32", error="gradient")
+
+
+class Reference:
+    """The update rule of one layer in float64, written out once more with QR instead of CholeskyQR and no codec."""
+
+    def __init__(self, w: Tensor, plan: LayerPlan, lr: float, betas: tuple[float, float], eps: float, decay: float) -> None:
+        self.w, self.plan, self.lr, self.betas, self.eps, self.decay = w.double(), plan, lr, betas, eps, decay
+        self.error = torch.zeros_like(self.w)
+        self.basis: Tensor | None = None
+        self.means: tuple[Tensor, ...] = ()
+        self.t = 0
+
+    def step(self, grad: Tensor, seed: tuple[int, ...]) -> None:
+        self.t += 1
+        flip = self.w.shape[0] > self.w.shape[1]
+        h = grad.double() + self.plan.error_decay * self.error
+        h = h.T if flip else h
+        m, n = h.shape
+        rank = self.plan.columns(m, n)
+        count = rank if self.t == 1 else (min(self.plan.scouts, rank) if rank < m else 0)
+        half = self.plan.power == "half"
+        fresh = torch.randn(*((count, n) if half else (m, count)), generator=counter_generator(seed)).double()
+        old = torch.zeros(m, rank).double() if self.basis is None else self.basis
+        if half:
+            z = (fresh if self.basis is None else torch.cat([self.m[: rank - count], fresh])).T
+        else:
+            kept = old[:, : rank - count]
+            for k in range(count):  # the scouts as they are projected, not as QR makes them of one another
+                column = fresh[:, k] - kept @ (kept.T @ fresh[:, k])
+                fresh[:, k] = column / column.norm()
+            z = h.T @ torch.cat([kept, fresh], 1)
+        z = z / z.norm(dim=0)
+        q, r = torch.linalg.qr(h @ z)
+        q, diagonal = q * r.diagonal().sign(), r.diagonal().abs()
+        p = q[:, diagonal.argsort(descending=True)]
+        u = p.T @ h
+        turn = p.T @ old
+        if self.basis is None:
+            self.m = self.v = torch.zeros_like(u)
+        beta1, beta2 = self.betas
+        new = (1 - turn.square().sum(1, keepdim=True)).clamp(0, 1)
+        self.m = turn @ self.m + new * (1 - beta1 ** (self.t - 1)) * u
+        self.v = turn.square() @ self.v + new * (1 - beta2 ** (self.t - 1)) * u.square()
+        self.m = beta1 * self.m + (1 - beta1) * u
+        self.v = beta2 * self.v + (1 - beta2) * u.square()
+        adam = self.m / (1 - beta1**self.t) / ((self.v / (1 - beta2**self.t)).sqrt() + self.eps)
+        left = h - p @ u
+        direction = p @ adam
+        if self.plan.residual and rank < m:
+            direction = direction + (self.factored(left, adam) if self.plan.scaling == "factored" else self.by_column(left, u, adam))
+        if self.plan.error != "none":
+            self.error = left.T if flip else left
+        direction = direction.T if flip else direction
+        direction = direction + self.plan.caution * direction.abs() * grad.double().sign()
+        self.w = (1 - self.lr * self.decay) * self.w - self.lr * direction
+        self.basis = p
+
+    def by_column(self, left: Tensor, u: Tensor, adam: Tensor) -> Tensor:
+        floor = (len(u) / (len(left) - len(u))) ** 0.5 * left.norm(dim=0)
+        return left * (adam.norm(dim=0) / torch.maximum(u.norm(dim=0), floor))
+
+    def factored(self, left: Tensor, adam: Tensor) -> Tensor:
+        (m, n), beta2 = left.shape, self.betas[1]
+        now = left.square().mean(1), left.square().mean(0)
+        self.means = tuple(beta2 * mean + (1 - beta2) * seen for mean, seen in zip(self.means or (0, 0), now, strict=True))
+        rows, cols = (torch.maximum(mean / (1 - beta2**self.t), seen) for mean, seen in zip(self.means, now, strict=True))
+        middle = (rows.mean() * cols.mean()).sqrt()
+        strength = (now[0] / rows).mean() * (now[1] / cols).mean() * middle / now[0].mean()
+        bound = (adam.square().sum() / len(adam) * (m - len(adam)) / (m * n) / strength).sqrt().clamp(max=1.0)
+        return left * bound * (middle / torch.outer(rows, cols)).sqrt()
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (72, 72), (64, 8, 3, 3)])
+@pytest.mark.parametrize(
+    "error, residual, scaling, scouts",
+    [
+        ("gradient", True, "factored", 1),
+        ("none", True, "factored", 2),
+        ("gradient", True, "column", 1),
+        ("none", True, "column", 2),
+        ("gradient", False, "factored", 0),
+    ],
+)
+@pytest.mark.parametrize("power", ["full", "half"])
+def test_matches_the_update_rule_in_float64(
+    shape: tuple[int, ...], error: str, residual: bool, scaling: str, scouts: int, power: str
+) -> None:
+    plan = replace(EXACT, rank=8, scouts=scouts, error=error, residual=residual, scaling=scaling, power=power)
+    param = nn.Parameter(gaussian((*shape, 1), (0,))[..., 0])
+    reference = Reference(param.detach().flatten(1), plan, 0.01, (0.9, 0.99), 1e-8, 0.1)
+    optimizer = Mango([("w", param)], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, plan=plan, seed=5)
+    steady = gaussian((*shape, 1), (1,))[..., 0].flatten(1)
+    u, _, v = torch.linalg.svd(steady, full_matrices=False)
+    steady = u @ torch.diag(1.3 ** -torch.arange(float(u.shape[1]))) @ v * 30  # separated directions: float32 finds the same basis
+    for step in range(1, 7):
+        grad = steady + 0.05 * gaussian((*shape, 1), (2, step))[..., 0].flatten(1)
+        param.grad = grad.view(shape).clone()
+        optimizer.step()
+        reference.step(grad, (5, step, 0, 0))
+        assert torch.allclose(param.detach().flatten(1).double(), reference.w, atol=2e-5), step
