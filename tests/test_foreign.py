@@ -23,12 +23,8 @@ def test_mango_with_its_defaults_reaches_the_loss_of_adamw(name: str) -> None:
     assert ours <= 1.02 * theirs
 
 
-# A basis that follows the frequent words turns under the rare ones, whose moments are then mixed: see README on embeddings.
-RARE = pytest.mark.xfail(reason="an embedding of rare words, which is better left to plain AdamW", strict=True)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=RARE) if name == "bag" else name for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_mango_reaches_the_loss_of_adamw_on_every_kind_of_model(name: str) -> None:
     """The whole run, a wider grid for both, the mean of two seeds."""
     best = {}

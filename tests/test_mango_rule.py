@@ -65,7 +65,7 @@ class Reference:
         if self.plan.error != "none":
             self.error = left.T if flip else left
         direction = direction.T if flip else direction
-        direction = direction + self.plan.caution * direction.abs() * grad.double().sign()
+        direction = direction * torch.where(direction * grad.double() > 0, 1 + self.plan.caution, 1 - self.plan.caution)
         self.w = (1 - self.lr * self.decay) * self.w - self.lr * direction
         self.basis = p
 

@@ -146,10 +146,10 @@ def test_the_update_is_applied_with_the_bits_of_its_passes(cols: int, dtype: tor
     g = gaussian((70, cols), (7,))
     g[:3] = 0.0
     x = left * by_row[:, None] * by_column + plus
-    expected = w * 0.875 + (x + x.abs() * -0.6 * g.sign())
+    expected = w * 0.875 + x * torch.where(x * g < 0, 1.6, 0.4)
     (taken, left_shift), (added, shift) = native.float_bits(left), native.float_bits(plus)
     arrays = (w.numpy(), taken.numpy(), left_shift, added.numpy(), shift, by_row.numpy(), by_column.numpy(), g.numpy())
-    loops.apply(0, 70, *arrays, np.float32(0.875), np.float32(-0.6))
+    loops.apply(0, 70, *arrays, *(np.float32(number) for number in (1.0, 0.875, 1.6, 0.4)))
     assert same(w, expected)
 
 

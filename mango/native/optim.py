@@ -143,12 +143,15 @@ def apply(
     by_row: Array,
     by_column: Array,
     g: Array,
+    sign: float,
     decay: float,
-    against: float,
+    longer: float,
+    shorter: float,
 ) -> None:
-    """w = decay w + (x + against |x| sign(g)), x = by_row left by_column + plus, rows ``first`` to ``last`` of (rows, cols).
+    """w = decay w + x (longer where x sign g < 0, else shorter), x = by_row left by_column + plus, rows ``first`` to ``last``.
 
-    w, g: float32; left, plus: as the product of ``missed``; by_row: (rows,), by_column: (cols,), float32.
+    w, g: (rows, cols) float32; left, plus: as the product of ``missed``; by_row: (rows,), by_column: (cols,), float32; sign: 1, or -1 where
+    g is ascended.
     """
     wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     values, added = wide.view(np.float32), other.view(np.float32)
@@ -161,9 +164,9 @@ def apply(
             _widen(plus[i, begin:end], shift, other)
             for j in range(weights.size):
                 x = values[j] * scale * along[j] + added[j]
-                more = abs(x) * against
-                more = more if slope[j] > ZERO else (-more if slope[j] < ZERO else ZERO)
-                weights[j] = weights[j] * decay + (x + more)
+                up = slope[j] * sign
+                agrees = (x < ZERO) & (up > ZERO) | (x > ZERO) & (up < ZERO)
+                weights[j] = weights[j] * decay + x * (longer if agrees else shorter)
 
 
 @compiled

@@ -79,6 +79,7 @@ class LayerStack:
         self.small, self.large = min(rows, cols), max(rows, cols)
         self.rank = plan.columns(rows, cols, name)
         self.scouts = min(plan.scouts, self.rank) if self.rank < self.small else 0
+        self.half = plan.half(rows, cols)
         self.basis = Stacked(plan.basis_codec, layers, (self.small, self.rank), device)
         self.moments = Moments(plan.moment_codec, layers, self.rank, self.large, device)
         # mean squares of the residual along its rows and down its columns
@@ -197,9 +198,9 @@ class LayerStack:
         That is the basis before, or with half a step the first moment in it, ``mean`` (layers, r, n).
         """
         fresh = self.rank if hyper.step == 1 else self.scouts
-        shape = (fresh, self.large) if self.plan.power == "half" else (self.small, fresh)
+        shape = (fresh, self.large) if self.half else (self.small, fresh)
         scouts = torch.stack([torch.randn(shape, generator=generator, device=self.device) for generator in generators])
-        if self.plan.power == "full":
+        if not self.half:
             return power_step(old, a, scouts)[0]
         return half_step(a, scouts if fresh == self.rank else torch.cat([mean[:, : self.rank - fresh], scouts], dim=-2))
 
@@ -227,31 +228,30 @@ class LayerStack:
         hyper: Hyper,
         workspace: Workspace,
     ) -> None:
-        """W <- (1 - lr weight_decay) W + X (1 + caution sign(-X G)), X = step - lr diag(scale[0]) left diag(scale[1]).
+        """W <- (1 - lr weight_decay) W + X (1 + caution down G, else 1 - caution), X = step - lr diag(scale[0]) left diag(scale[1]).
 
-        left, step: (layers, rows, cols) float32 or bfloat16; scale: (layers, rows), (layers, cols), or None for zeros. G is negated when
-        it is ascended.
+        left, step: (layers, rows, cols) float32 or bfloat16; scale: (layers, rows), (layers, cols), or None for zeros. Up G to ascend.
         """
-        decay = 1.0 - hyper.lr * hyper.weight_decay
-        against = self.plan.caution if hyper.maximize else -self.plan.caution  # X (1 + c sign(-X G)) = X - c |X| sign(G)
+        decay, caution, sign = 1.0 - hyper.lr * hyper.weight_decay, self.plan.caution, -1.0 if hyper.maximize else 1.0
         if scale is not None:
             by_row, by_column = scale[0] * -hyper.lr, scale[1]
             if native.ready(self.device) and all(plain(tensor) for tensor in (*params, *grads)):
                 from mango.native import optim
 
                 (values, left_shift), (added, shift) = native.float_bits(left), native.float_bits(step)
+                numbers = [np.float32(number) for number in (sign, decay, 1.0 + caution, 1.0 - caution)]
                 for param, grad, *parts in zip(params, grads, values, added, by_row, by_column, strict=True):
                     a, b, along, down = (part.numpy() for part in parts)
                     weights, g = (tensor.detach().view(self.rows, self.cols).numpy() for tensor in (param, grad))
-                    numbers = (np.float32(decay), np.float32(against))
                     run(optim.apply, self.rows, self.cols, weights, a, left_shift, b, shift, along, down, g, *numbers)
                 return
             scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))
             step = scaled.mul_(by_column.unsqueeze(-2)).add_(step)
-        if against:
-            signs = workspace.take("h", tuple(step.shape))  # H is no longer needed
-            torch._foreach_copy_([sign.view(grad.shape) for sign, grad in zip(signs.unbind(0), grads, strict=True)], list(grads))
-            step.addcmul_(step.abs(), signs.sign_().to(step.dtype), value=against)
+        if caution:
+            slope = workspace.take("h", tuple(step.shape))  # H is no longer needed
+            torch._foreach_copy_([row.view(grad.shape) for row, grad in zip(slope.unbind(0), grads, strict=True)], list(grads))
+            agrees = slope.sign_().mul_(step.sign()) == -sign
+            step.mul_(torch.where(agrees, 1.0 + caution, 1.0 - caution).to(step.dtype))
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(step.unbind(0), params, strict=True)])
@@ -307,5 +307,5 @@ class LayerStack:
         if self._halves(hyper) or self._bytes(hyper):
             return 0.0
         half = self.scouts / self.small if self.rank < self.small else 1.0
-        basis = half if self.plan.power == "half" else scout_alpha(self.small, self.rank, self.scouts)
+        basis = half if self.half else scout_alpha(self.small, self.rank, self.scouts)
         return basis * (self.factor.alpha() if self.factor is not None else 1.0)

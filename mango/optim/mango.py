@@ -43,7 +43,7 @@ class Mango(Planned):
         F &= H - P U, \quad a = \mathrm{mean}_j F_{ij}^2, \quad b = \mathrm{mean}_i F_{ij}^2 && \text{running means too, (m), (n)} \\
         D &= P A + s F / \sqrt{a b^\top / \sqrt{\bar a \bar b}} && \text{residual direction, s at most 1, bounded by A} \\
         E &= F                                      && \text{kept as the plan says} \\
-        W &\leftarrow (1 - \eta\lambda) W - \eta (D + c |D| \mathrm{sign}(G)) && \text{longer where it agrees with the gradient}
+        W &\leftarrow (1 - \eta\lambda) W - \eta D \circ (1 + c \text{ where } D_{ij} G_{ij} > 0, \text{ else } 1 - c)
 
     or, with ``power="half"``, P = orth(H [M', S]ᵀ) from the momentum. The map H -> PU contracts with T3's certificate in expectation over
     the scouts. Between steps only P, M, sqrt(V) and E are kept, each through the codec that the plan names. Tensors with fewer than two

@@ -14,7 +14,8 @@ from mango.feedback.buffer import KINDS
 from mango.fields import build
 
 SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
-POWERS = ("full", "half")
+POWERS = ("auto", "full", "half")
+ELONGATED = 16  # ratio of the sides from which a matrix is an embedding or a head: MLPs have up to 8, folded convolutions mostly 9
 SCALINGS = ("factored", "column")
 EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
 
@@ -50,7 +51,9 @@ class LayerPlan:
         rank: columns of the basis: an integer, or a fraction in (0, 1] of the smaller matrix dimension (rounded down, at least 1).
         scouts: directions of the start that are fresh Gaussian ones before each step (T3); fewer when the rank is smaller.
         power: how the basis moves: "full", one power step from the basis before, or "half", half a step from the momentum, which is one
-            product with the gradient cheaper and on language models a little worse.
+            product with the gradient cheaper and on language models a little worse. "auto" is "half" for matrices whose sides are as 16 to
+            1 or more, embeddings and heads: a gradient of which a few rows are not zero would turn the whole basis to the words of its
+            batch, and mix the moments of all others. Else it is "full".
         basis_codec: how the basis is kept between steps. It is orthonormalised again before it is used (T4).
         factor_codec: quantise the factor U = PᵀH too (LRQ, T4); None leaves it exact.
         moment_codec: how the moments of U are kept: the first as it is, the second as its square root.
@@ -62,15 +65,15 @@ class LayerPlan:
         residual: also step along the part of H that the basis missed.
         scaling: how that part is scaled: "factored", divided by the roots of the mean squares of its rows and columns (Adafactor), or
             "column", by the adaptive part's length in each column (Fira), which needs no state and, without error, one product less.
-        caution: c in [0, 1]: the step D becomes D (1 + c sign(D G)), longer where it agrees in sign with the gradient of this step and
-            shorter where it does not. Momentum and kept error are up to twenty gradients old, and where they have become wrong this is
-            seen at once. 1 takes no coordinate against its gradient, as Cautious Optimizers do (arXiv:2411.16085; they then rescale by
-            the share of what is left, which a sum over the whole matrix has to wait for, and we do not); 0 is without.
+        caution: c in [0, 1]: coordinates of the step whose sign is that of this step's gradient are multiplied by 1 + c, the others, zero
+            gradients included, by 1 - c. Momentum and kept error are up to twenty gradients old, and where they have become wrong this
+            is seen at once. 1 takes no coordinate against its gradient, as Cautious Optimizers do (arXiv:2411.16085; they then rescale
+            by the share of what is left, which a sum over the whole matrix has to wait for, and we do not); 0 is without.
     """
 
     rank: int | float = 1 / 8
     scouts: int = 1
-    power: str = "full"
+    power: str = "auto"
     basis_codec: str = "bf16"
     factor_codec: str | None = None
     moment_codec: str = "int8"
@@ -113,6 +116,10 @@ class LayerPlan:
     def plain(self) -> dict[str, Any]:
         """The fields as plain values, for ``state_dict``."""
         return asdict(self)
+
+    def half(self, rows: int, cols: int) -> bool:
+        """Whether the basis of a matrix of this shape moves by half a power step."""
+        return self.power == "half" or (self.power == "auto" and max(rows, cols) >= ELONGATED * min(rows, cols))
 
     def columns(self, rows: int, cols: int, name: str = "parameter") -> int:
         """The rank for a matrix of this shape. Raises ConfigError when an integer rank is above the smaller dimension."""

@@ -104,7 +104,7 @@ def certified(shape: Shape, plan: LayerPlan) -> float:
     rows, cols = matrix_shape(shape)
     stack = LayerStack(plan, (rows, cols), 1, torch.device("meta"), "a parameter")
     half = stack.scouts / stack.small if stack.rank < stack.small else 1.0
-    basis = half if plan.power == "half" else scout_alpha(stack.small, stack.rank, stack.scouts)
+    basis = half if stack.half else scout_alpha(stack.small, stack.rank, stack.scouts)
     return basis * (stack.factor.alpha() if stack.factor is not None else 1.0)
 
 
