@@ -39,7 +39,7 @@ def square_sums(x: Tensor, minus: Tensor | None = None, left: Tensor | None = No
     """
     if not native.ready(x.device):
         if minus is not None:
-            x = torch.sub(x, minus, out=left if left is x else None)
+            x = torch.sub(x, minus, out=left if left is not None and left.dtype == torch.float32 else None)
         if left is not None and left is not x:
             left.copy_(x)
         return torch.linalg.vector_norm(x, dim=-1).square_(), torch.linalg.vector_norm(x, dim=-2).square_()

@@ -250,8 +250,8 @@ class LayerStack:
         if caution:
             slope = workspace.take("h", tuple(step.shape))  # H is no longer needed
             torch._foreach_copy_([row.view(grad.shape) for row, grad in zip(slope.unbind(0), grads, strict=True)], list(grads))
-            agrees = slope.sign_().mul_(step.sign()) == -sign
-            step.mul_(torch.where(agrees, 1.0 + caution, 1.0 - caution).to(step.dtype))
+            agrees = torch.eq(slope.sign_().mul_(step.sign()), -sign, out=slope)  # 1 or 0
+            step.mul_(agrees.mul_(2.0 * caution).add_(1.0 - caution))
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(step.unbind(0), params, strict=True)])
