@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -57,37 +55,28 @@ def square_sums(x: Tensor, minus: Tensor | None = None, left: Tensor | None = No
     return along, down.sum(dim=1)
 
 
-class Bytes(NamedTuple):
-    """x (layers, rows, cols) as int8: codes * scale is within half a scale, 1/254 of the largest magnitude in its row, of x.
+def to_bytes(x: Tensor, out: Tensor, summed: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """x (layers, rows, cols) float32 as codes in ``out``, int8 of that shape, and a scale for each row.
 
-    ``squares`` are the sums of the squares of the codes of each row; ``sums`` those of x, as of ``square_sums``, where they were asked for.
+    Returns:
+        The scales (layers, rows): codes * scale is within half a scale, 1/254 of the largest magnitude in its row, of x. And
+        ``square_sums(x)``, found while the values are at hand, if ``summed``.
     """
-
-    codes: Tensor  # (layers, rows, cols)
-    scales: Tensor  # (layers, rows)
-    squares: Tensor  # (layers, rows)
-    sums: tuple[Tensor, Tensor] | None = None
-
-
-def to_bytes(x: Tensor, out: Tensor, summed: bool = False) -> Bytes:
-    """x (layers, rows, cols) float32 as codes in ``out``, int8 of that shape; ``summed``: also find the sums of its squares."""
     layers, rows, cols = x.shape
     if native.ready(x.device):
         from mango.native import optim
 
         bands = -(-rows // optim.BAND)
-        scales, squares, along = (torch.empty(layers, rows) for _ in range(3))
+        scales, along = torch.empty(layers, rows), torch.empty(layers, rows)
         down = torch.empty(layers, bands if summed else 0, cols)
-        for values, *written in zip(x.contiguous(), out, scales, squares, along, down, strict=True):
+        for values, *written in zip(x.contiguous(), out, scales, along, down, strict=True):
             arrays = (part.numpy() for part in written)
             run(optim.to_bytes, bands, optim.BAND * cols, values.numpy(), values.view(torch.int32).numpy(), *arrays)
-        return Bytes(out, scales, squares, (along, down.sum(dim=1)) if summed else None)
+        return scales, (along, down.sum(dim=1)) if summed else None
     peak = x.abs().amax(dim=-1)
     inverse = torch.where(peak > TINY, torch.full_like(peak, 127.0) / peak, 0.0)  # 127.0 / peak would round twice
-    codes = (x * inverse.unsqueeze(-1)).round_()
-    return Bytes(
-        out.copy_(codes), peak * (1.0 / 127.0), codes.square_().sum(dim=-1, dtype=torch.float64).float(), square_sums(x) if summed else None
-    )
+    out.copy_((x * inverse.unsqueeze(-1)).round_())
+    return peak * (1.0 / 127.0), square_sums(x) if summed else None
 
 
 class ByteMatrices:
@@ -102,26 +91,23 @@ class ByteMatrices:
     """
 
     def __init__(self, x: Tensor, turned: bool, workspace: Workspace, summed: bool = False) -> None:
-        codes, self._scales, _, self.sums = to_bytes(x, workspace.take("low", tuple(x.shape), torch.int8), summed)
+        codes = workspace.take("low", tuple(x.shape), torch.int8)
+        self._scales, self.sums = to_bytes(x, codes, summed)
         self._a, self._turned, self._workspace = codes.mT if turned else codes, turned, workspace
 
     def left(self, x: Tensor) -> Tensor:
         """x A (layers, k, n) float32 for x (layers, k, m); valid until the next call."""
-        return self._product(x, self._a, self._turned, unit=False, purpose="left")
+        return self._product(x, self._a, self._turned, "left")
 
-    def right(self, x: Tensor, unit: bool = False) -> Tensor:
-        """x Aᵀ (layers, k, m) float32 for x (layers, k, n), or with ``unit`` for rows of x brought to norm 1; valid until the next call."""
-        return self._product(x, self._a.mT, not self._turned, unit, purpose="right")
+    def right(self, x: Tensor) -> Tensor:
+        """x Aᵀ (layers, k, m) float32 for x (layers, k, n); valid until the next call."""
+        return self._product(x, self._a.mT, not self._turned, "right")
 
-    def _product(self, x: Tensor, a: Tensor, apart: bool, unit: bool, purpose: str) -> Tensor:
+    def _product(self, x: Tensor, a: Tensor, apart: bool, purpose: str) -> Tensor:
         """``apart``: whether A's scales belong to the result; otherwise they are part of the sums, and go into x before it is rounded."""
-        workspace, scales, norms = self._workspace, self._scales.unsqueeze(-2), None
-        if unit and not apart:  # the norms are of x itself
-            norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
-        given = x if apart else torch.mul(x, scales, out=workspace.take("scaled", tuple(x.shape)))
-        codes, own, squares, _ = to_bytes(given, workspace.take("codes", tuple(x.shape), torch.int8))
-        if unit:  # by the codes' norm no square of a small value underflows
-            own = squares.clamp_min_(1.0).rsqrt_() if norms is None else (own / norms.clamp_min(1e-300)).float()
+        workspace, scales, shape = self._workspace, self._scales.unsqueeze(-2), tuple(x.shape)
+        codes = workspace.take("codes", shape, torch.int8)
+        own, _ = to_bytes(x if apart else torch.mul(x, scales, out=workspace.take("scaled", shape)), codes)
         shape = (*x.shape[:-1], a.shape[-1])
         sums = workspace.take("sums", shape, torch.int32)
         for one, other, result in zip(codes, a, sums, strict=True):

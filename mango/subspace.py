@@ -188,11 +188,9 @@ def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor]:
 
     With Z = GᵀQ the square is the ratio of successive moments, ‖GGᵀq‖² / ‖Gᵀq‖².
     """
-    if isinstance(g, Tensor):  # norm 1, as the square of a small gradient would underflow
-        unit = z / torch.linalg.vector_norm(z, dim=-2, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-        y = matmul(g, unit.to(g.dtype))
-    else:
-        y = g.right(z.mT, unit=True).mT
+    # norm 1, as the square of a small gradient would underflow
+    unit = z / torch.linalg.vector_norm(z, dim=-2, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+    y = matmul(g, unit.to(g.dtype)) if isinstance(g, Tensor) else g.right(unit.mT).mT
     new, added = _orthonormalize(y, rough=not isinstance(g, Tensor) or g.dtype == torch.bfloat16)
     return _sorted(new, added.square())
 

@@ -29,7 +29,7 @@ def probe(where, original, variants):
             if variant().holds is not True:
                 REPORT[where] = True
                 return step
-        except Exception:
+        except Exception:  # a variant that cannot be evaluated tells nothing: the next one may
             continue
     REPORT.setdefault(where, False)
     return step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite, prod, sqrt
+from math import prod, sqrt
 from types import ModuleType
 from typing import ClassVar, NamedTuple
 
@@ -122,8 +122,6 @@ def all_finite(flat: Tensor) -> bool:
     """Whether no value of (n,) is NaN or infinite, without a mask of the tensor's size; a tensor on the meta device has no values."""
     if flat.is_meta:
         return True
-    if flat.dtype == torch.float32 and flat.numel() <= CPU_PART:  # in float64 their sum cannot overflow
-        return isfinite(float(flat.sum(dtype=torch.float64)))
     peaks = [flat[part.lo : part.hi].abs().amax() for part in parts(flat.numel(), 1, flat.device)]
     return not peaks or bool(torch.isfinite(torch.stack(peaks)).all())
 

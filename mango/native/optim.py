@@ -43,7 +43,8 @@ def missed(first: int, last: int, h: Array, product: Array, shift: int, rows: Ar
     product: the bits of bfloat16 as int16 with ``shift`` 16, or of float32 as int32 with 0; without rows it stands for zeros.
     rows: (rows,) float32, along each row, written; columns: (bands, cols) float32, down each column of a band, written. Whoever adds the
     bands gets one result for any number of threads; torch's reduction over columns is ten times slower.
-    left: h - product is written there unless it has no rows, as float32, perhaps into h, or as the bits of bfloat16, perhaps into product.
+    left: h - product is written there unless it has no rows: as float32, perhaps into h, or, of a product, as the bits of bfloat16,
+    perhaps into the product.
     """
     wide = np.empty(TILE, np.int32)
     found = wide.view(np.float32)
@@ -66,8 +67,6 @@ def missed(first: int, last: int, h: Array, product: Array, shift: int, rows: Ar
                 if left.shape[0]:
                     out = left[i, begin:end]
                     if left.itemsize == 2:
-                        if not product.shape[0]:
-                            found[: end - begin] = difference
                         _narrow(wide[: end - begin], out)
                     else:
                         for j in range(values.size):
@@ -98,12 +97,10 @@ def _sum_of_squares(values: Array) -> Any:
 
 
 @compiled
-def to_bytes(
-    first: int, last: int, x: Array, bits: Array, codes: Array, scales: Array, squares: Array, rows: Array, columns: Array
-) -> None:
-    """codes = x * (127 / peak) to the nearest integer; for each row peak / 127 and the codes' sum of squares; bands as of ``missed``.
+def to_bytes(first: int, last: int, x: Array, bits: Array, codes: Array, scales: Array, rows: Array, columns: Array) -> None:
+    """codes = x * (127 / peak) to the nearest integer, and peak / 127 for each row, bands as of ``missed``.
 
-    x: (rows, cols) float32, finite; bits: the same as int32; codes: int8, written; scales, squares: (rows,) float32, written.
+    x: (rows, cols) float32, finite; bits: the same as int32; codes: int8, written; scales: (rows,) float32, written.
     rows, columns: sums of the squares of x as of ``missed``, unless there are no columns.
     """
     for band in range(first, last):
@@ -117,13 +114,9 @@ def to_bytes(
             scales[i : i + 1].view(np.int32)[0] = most
             peak = scales[i]
             inverse = BYTE / peak if peak > SMALLEST else ZERO
-            total = np.int32(0)
             for j in range(values.size):
-                code = np.int32(np.rint(values[j] * inverse))
-                found[j] = np.int8(code)
-                total += code * code
+                found[j] = np.int8(np.int32(np.rint(values[j] * inverse)))
             scales[i] = peak * PER_BYTE
-            squares[i] = np.float32(total)
             if columns.shape[0]:
                 sums = columns[band]
                 for j in range(values.size):

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mango.codecs.base import loops
 from mango.errors import NonFinite
-from mango.native.threads import run
-
-LEAST = 1 << 14  # values for which a compiled loop pays
 
 
 class Guard:
@@ -64,19 +59,8 @@ class Guard:
 def _totals(grads: Sequence[Tensor]) -> Tensor:
     """Of tensors on one device something that is not finite where one of their values is not, (len(grads),) float32.
 
-    Norms, for which a card has one kernel; on a CPU the largest magnitudes by a compiled loop, at the speed of its memory, or sums.
+    Norms, for which a card has one kernel; on a CPU sums, which run at the speed of its memory.
     """
     if grads[0].device.type == "cuda":
         return torch.stack(torch._foreach_norm(list(grads), dtype=torch.float32))
-    compiled = loops(grads[0].device)
-    return torch.stack([grad.sum(dtype=torch.float32) if compiled is None else _peak(grad, compiled) for grad in grads])
-
-
-def _peak(grad: Tensor, compiled: ModuleType) -> Tensor:
-    """The largest magnitude, NaN above all, of a gradient on the CPU."""
-    if grad.dtype != torch.float32 or not grad.is_contiguous() or grad.numel() < LEAST:
-        return grad.sum(dtype=torch.float32)
-    bits = grad.detach().view(-1).view(torch.int32)
-    peaks = torch.empty(-(-bits.numel() // LEAST))
-    run(compiled.absmax, len(peaks), LEAST, bits.numpy(), LEAST, peaks.view(torch.int32).numpy())
-    return peaks.sum()  # of magnitudes that are finite it may overflow, which is found out at the second look
+    return torch.stack([grad.sum(dtype=torch.float32) for grad in grads])

@@ -41,9 +41,9 @@ def bfloat16_units(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def plain(param: Tensor) -> bool:
-    """Whether a parameter is written in place as a float32 matrix."""
-    return param.dtype == torch.float32 and param.is_contiguous()
+def plain(tensor: Tensor) -> bool:
+    """Whether a parameter or gradient is a float32 matrix as it lies, for a compiled loop."""
+    return tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 @dataclass(frozen=True)
@@ -300,12 +300,11 @@ class LayerStack:
         return (ones, scale) if self.rows <= self.cols else (scale, ones)
 
     def certified(self, hyper: Hyper) -> float:
-        """T3 and T4: the contraction that H -> P q(PᵀH) has for every H, in expectation over the scouts.
+        """``contraction``, or 0 when products are taken in bfloat16 or int8: rounding them errs by 2^-9 ‖H‖ and more, its own order."""
+        return 0.0 if self._halves(hyper) or self._bytes(hyper) else self.contraction()
 
-        0 when products are taken in bfloat16 or int8: rounding them errs by 2^-9 ‖H‖ and more, the order of the certificate itself.
-        """
-        if self._halves(hyper) or self._bytes(hyper):
-            return 0.0
+    def contraction(self) -> float:
+        """T3 and T4: that which H -> P q(PᵀH) has for every H, in expectation over the scouts, with float32 products."""
         half = self.scouts / self.small if self.rank < self.small else 1.0
         basis = half if self.half else scout_alpha(self.small, self.rank, self.scouts)
         return basis * (self.factor.alpha() if self.factor is not None else 1.0)

@@ -15,7 +15,7 @@ from mango.fields import build
 
 SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
 POWERS = ("auto", "full", "half")
-ELONGATED = 16  # ratio of the sides from which a matrix is an embedding or a head: MLPs have up to 8, folded convolutions mostly 9
+ELONGATED = 16  # ratio of the sides that embeddings, heads and depthwise convolutions have; MLPs have up to 8, other convolutions mostly 9
 SCALINGS = ("factored", "column")
 EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
 
@@ -52,7 +52,7 @@ class LayerPlan:
         scouts: directions of the start that are fresh Gaussian ones before each step (T3); fewer when the rank is smaller.
         power: how the basis moves: "full", one power step from the basis before, or "half", half a step from the momentum, which is one
             product with the gradient cheaper and on language models a little worse. "auto" is "half" for matrices whose sides are as 16 to
-            1 or more, embeddings and heads: a gradient of which a few rows are not zero would turn the whole basis to the words of its
+            1 or more, such as embeddings: a gradient of which a few rows are not zero would turn the whole basis to the words of its
             batch, and mix the moments of all others. Else it is "full".
         basis_codec: how the basis is kept between steps. It is orthonormalised again before it is used (T4).
         factor_codec: quantise the factor U = PᵀH too (LRQ, T4); None leaves it exact.

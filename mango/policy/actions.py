@@ -14,7 +14,6 @@ from mango.errors import ConfigError
 from mango.optim.accounting import layer_nbytes
 from mango.optim.layers import LayerStack
 from mango.optim.plan import LayerPlan, matrix_shape
-from mango.subspace import scout_alpha
 
 Shape = tuple[int, ...]
 BASIS = {16: "bf16", 8: "int8", 4: "nf4"}  # bits of both factors -> the codec of the basis ...
@@ -101,11 +100,7 @@ def _nbytes(actions: Actions, shape: Shape, base: LayerPlan) -> tuple[int, ...]:
 @cache
 def certified(shape: Shape, plan: LayerPlan) -> float:
     """The contraction of H -> P q(PᵀH) under a plan, in expectation over the scouts, with float32 products (T3, T4)."""
-    rows, cols = matrix_shape(shape)
-    stack = LayerStack(plan, (rows, cols), 1, torch.device("meta"), "a parameter")
-    half = stack.scouts / stack.small if stack.rank < stack.small else 1.0
-    basis = half if stack.half else scout_alpha(stack.small, stack.rank, stack.scouts)
-    return basis * (stack.factor.alpha() if stack.factor is not None else 1.0)
+    return LayerStack(plan, matrix_shape(shape), 1, torch.device("meta"), "a parameter").contraction()
 
 
 def choose(

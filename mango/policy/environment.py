@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import log, prod
 from typing import Any
@@ -32,7 +32,7 @@ from mango.telemetry import PowerSampler
 
 TRACED = 32  # examples for the Hessian, whose products cost several passes each
 DRAWS = 1_000_003  # between the seeds of two draws of batches
-ERROR_DECAY, CAUTION = 0.9, 0.0  # of plans in these short runs, as they were when the shipped policies were trained
+PLAN = LayerPlan(error_decay=0.9, power="full", caution=0.0)  # of these short runs, as it was when the shipped policies were trained
 LOSS_CEILING = 20.0  # a run whose loss is above it, or not finite, has diverged and counts as this
 
 
@@ -114,7 +114,7 @@ class TrainingRun:
     def reset(self) -> Observation:
         task, settings = self.task, self.settings
         self.data = _data(task)
-        self.model, self.optimizer = _build(task, self.seed, LayerPlan(error=settings.error, error_decay=ERROR_DECAY, caution=CAUTION))
+        self.model, self.optimizer = _build(task, self.seed, replace(PLAN, error=settings.error))
         warm_up(task, self.actions, settings.error)
         self.dense = dense_seconds(task, settings.every) * settings.decisions
         limit = None
@@ -256,7 +256,7 @@ def _build(task: Task, seed: int, plan: LayerPlan) -> tuple[nn.Module, Mango]:
 @cache
 def warm_up(task: Task, actions: Actions, error: str) -> None:
     """A step under every pair of precisions: compiled loops load when they are first called, and no run's seconds should hold that."""
-    model, optimizer = _build(task, 0, LayerPlan(error=error, error_decay=ERROR_DECAY, caution=CAUTION))
+    model, optimizer = _build(task, 0, replace(PLAN, error=error))
     own = {name: plan for name, plan in optimizer.own_plans().items() if plan is not None}
     for action, (rank, _, _) in enumerate(actions.table):
         if rank == 0:
