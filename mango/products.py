@@ -92,18 +92,21 @@ class ByteMatrices:
 
     def __init__(self, x: Tensor, turned: bool, workspace: Workspace, summed: bool = False) -> None:
         codes = workspace.take("low", tuple(x.shape), torch.int8)
-        self._scales, self.sums = to_bytes(x, codes, summed)
+        scales, self.sums = to_bytes(x, codes, summed)
+        # (layers, 1), and the rest at most 1: products of small values with small scales would underflow
+        self._largest = scales.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        self._scales = scales / self._largest
         self._a, self._turned, self._workspace = codes.mT if turned else codes, turned, workspace
 
     def left(self, x: Tensor) -> Tensor:
         """x A (layers, k, n) float32 for x (layers, k, m); valid until the next call."""
         return self._product(x, self._a, self._turned, "left")
 
-    def right(self, x: Tensor) -> Tensor:
-        """x Aᵀ (layers, k, m) float32 for x (layers, k, n); valid until the next call."""
-        return self._product(x, self._a.mT, not self._turned, "right")
+    def right(self, x: Tensor, over: Tensor | None = None) -> Tensor:
+        """x Aᵀ (layers, k, m) float32 for x (layers, k, n), valid until the next call; rows divided by ``over`` (layers, k)."""
+        return self._product(x, self._a.mT, not self._turned, "right", over)
 
-    def _product(self, x: Tensor, a: Tensor, apart: bool, purpose: str) -> Tensor:
+    def _product(self, x: Tensor, a: Tensor, apart: bool, purpose: str, over: Tensor | None = None) -> Tensor:
         """``apart``: whether A's scales belong to the result; otherwise they are part of the sums, and go into x before it is rounded."""
         workspace, scales, shape = self._workspace, self._scales.unsqueeze(-2), tuple(x.shape)
         codes = workspace.take("codes", shape, torch.int8)
@@ -112,5 +115,6 @@ class ByteMatrices:
         sums = workspace.take("sums", shape, torch.int32)
         for one, other, result in zip(codes, a, sums, strict=True):
             torch._int_mm(one, other, out=result)
+        own = (own if over is None else own / over) * self._largest
         product = workspace.take(purpose, shape).copy_(sums).mul_(own.unsqueeze(-1))
         return product.mul_(scales) if apart else product

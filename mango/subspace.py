@@ -188,9 +188,10 @@ def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor]:
 
     With Z = GᵀQ the square is the ratio of successive moments, ‖GGᵀq‖² / ‖Gᵀq‖².
     """
-    # norm 1, as the square of a small gradient would underflow
-    unit = z / torch.linalg.vector_norm(z, dim=-2, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-    y = matmul(g, unit.to(g.dtype)) if isinstance(g, Tensor) else g.right(unit.mT).mT
+    norm = torch.linalg.vector_norm(z, dim=-2).clamp_min(
+        torch.finfo(z.dtype).tiny
+    )  # divided by first: a small gradient's square underflows
+    y = matmul(g, (z / norm.unsqueeze(-2)).to(g.dtype)) if isinstance(g, Tensor) else g.right(z.mT, norm).mT
     new, added = _orthonormalize(y, rough=not isinstance(g, Tensor) or g.dtype == torch.bfloat16)
     return _sorted(new, added.square())
 

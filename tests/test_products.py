@@ -55,6 +55,16 @@ def test_integers_that_fill_the_codes_are_multiplied_exactly() -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True])
+def test_small_rows_are_divided_before_they_are_multiplied(turned: bool) -> None:
+    """Their products would underflow in float32."""
+    a, x = gaussian((1, 40, 60), (1,)) * 1e-25, gaussian((1, 5, 60), (2,)) * 1e-25
+    over = torch.full((1, 5), 1e-25)
+    expected = (x.double() / 1e-25) @ a.double().mT
+    found = stack(a, turned).right(x, over).double()
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("turned", [False, True])
 def test_a_basis_from_bytes_captures_what_one_from_floats_does(turned: bool) -> None:
     a = gaussian((2, 48, 8), (1,)) @ gaussian((2, 8, 96), (2,)) + 0.3 * gaussian((2, 48, 96), (3,))
     start, rows = orthonormalize(gaussian((2, 48, 6), (4,))), gaussian((2, 6, 96), (5,))
