@@ -12,7 +12,6 @@ import shutil
 import sys
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -31,7 +30,9 @@ from mango.planner.targets import target
 from mango.telemetry import MemoryLedger
 from mango.training import checkpoint
 from mango.training.config import RunSpec, TierConfig, resolve, validated
-from mango.training.loop import _Trainer, train
+from mango.training.evaluation import cross_entropy
+from mango.training.loop import train
+from mango.training.task import Train
 from mango.training.yamlfile import parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "scripts"))
@@ -293,9 +294,10 @@ def test_a_llama_learns_verdicts_from_the_last_position_and_resumes(tier: TierCo
 
 def test_losses_are_of_the_last_positions_that_have_targets() -> None:
     def loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        settings = SimpleNamespace(channels_last=False, autocast=None)
-        self: Any = SimpleNamespace(config=SimpleNamespace(train=settings), device=torch.device("cpu"))
-        return _Trainer._loss(self, lambda _: logits, torch.zeros(1), targets)
+        settings = Train.model_construct(channels_last=False, autocast=None)
+        model = torch.nn.Module()
+        model.forward = lambda _: logits  # type: ignore[method-assign]
+        return cross_entropy(model, torch.zeros(1), targets, settings, torch.device("cpu"))
 
     generator = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(3, 5, 7, generator=generator), torch.randint(7, (3, 5), generator=generator)

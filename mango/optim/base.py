@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
         return None
     with torch.enable_grad():
         return closure()
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """An optimizer that certifies its compression, such as ``mango.Mango``."""
+
+    def observe(self, on: bool = True) -> None: ...
+
+    def diagnostics(self) -> dict[str, dict[str, float]]: ...
 
 
 class KeepsTypes(torch.optim.Optimizer):

@@ -13,18 +13,19 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mango import data as datasets
 from mango import models, optim
 from mango.data.base import Readable, Skips
 from mango.errors import ConfigError, NonFinite
+from mango.optim.base import Observable
 from mango.registry import Registry
 from mango.telemetry import MemoryLedger, PowerSampler, RunLog, wandb
 from mango.telemetry.memory import rss_peak, write_csv
 from mango.training import atomic, checkpoint, record, schedule, summary
 from mango.training.config import RunSpec
+from mango.training.evaluation import cross_entropy, mean_scores
 from mango.training.record import RunRecord
 from mango.training.session import (
     CHECKPOINT,
@@ -41,20 +42,10 @@ from mango.training.session import (
 )
 from mango.training.summary import Counters, plan_of
 
-TOP5_FROM = 11  # classes: with fewer, five guesses say little
 # by name: runs without one do not depend on its code
 CONVERSIONS = Registry("conversion", {"mole": "mango.training.mole:MoleRun", "lora": "mango.models.adapters:adapt"})
 # what is done ("images decoded", "steps"), how many so far, of how many (0 = unknown); a rate ("images/s") of the steps, its value and 0
 Progress = Callable[[str, int, int], None]
-
-
-@runtime_checkable
-class Observable(Protocol):
-    """An optimizer that certifies its compression, such as ``mango.Mango``."""
-
-    def observe(self, on: bool = True) -> None: ...
-
-    def diagnostics(self) -> dict[str, dict[str, float]]: ...
 
 
 @runtime_checkable
@@ -195,7 +186,7 @@ class _Trainer:
         first = counters.step == 0
         self.optimizer.zero_grad(set_to_none=True)
         with self.ledger.activations() if first else nullcontext():  # the backward pass too: blocks that are computed again save again
-            loss, logits = self._loss(self.model, inputs, targets)
+            loss, logits = cross_entropy(self.model, inputs, targets, self.config.train, self.device)
             loss.backward()
         if first:
             counters.gradients, counters.saved_activations = self.ledger.peak_gradients, self.ledger.saved_activations
@@ -242,18 +233,6 @@ class _Trainer:
             counters.seen += count
         self.pending = []
 
-    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        settings = self.config.train
-        inputs = inputs if settings.channels_last else inputs.contiguous()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
-            logits = model(inputs)
-        # (b, classes) and (b,), or (b, classes) when mixed, for images; (b, t, vocabulary) and the last of (b, t) for tokens
-        if logits.dim() == 3:
-            logits = logits[:, -targets.shape[1] :]
-        return functional.cross_entropy(
-            logits.flatten(0, -2).float(), targets if targets.is_floating_point() else targets.flatten()
-        ), logits
-
     def _observe(self, observer: Observable) -> None:
         """Keep what the optimizer certified and measured on this step; other diagnostics go to wandb alone."""
         for layer, values in observer.diagnostics().items():
@@ -275,22 +254,14 @@ class _Trainer:
         counters.losses, counters.correct, counters.seen = [], 0, 0
         self.progress(f"{self.data.unit}/s", round(counters.trained / counters.step_seconds), 0)
 
-    @torch.no_grad()
     def _evaluate(self) -> None:
         split = self.config.data.evaluate
         model = self._evaluated().eval()
-        total, correct, near, seen = 0.0, 0, 0, 0
-        for inputs, targets in self.data.evaluation(split, self.config.train.eval_batch):
-            loss, logits = self._loss(model, inputs, targets)
-            total += float(loss) * targets.numel()
-            correct += int((logits.argmax(-1) == targets).sum())
-            ranked = logits.dim() == 2 and logits.shape[1] >= TOP5_FROM
-            near += int((logits.topk(5).indices == targets[:, None]).sum()) if ranked else 0
-            seen += targets.numel()
-        loss_value = total / seen
+        batches = self.data.evaluation(split, self.config.train.eval_batch)
+        loss_value, accuracy, top5 = mean_scores(model, batches, self.config.train, self.device)
         if not math.isfinite(loss_value):
             raise self._non_finite(f"the {split} loss is {loss_value}", self.counters.step)
-        found = self.data.scores(split, loss_value, correct / seen) | ({"top5": near / seen} if ranked else {})
+        found = self.data.scores(split, loss_value, accuracy) | ({} if top5 is None else {"top5": top5})
         self._write(split, loss_value, found)
         scores: dict[str, float | None] = {
             "step": self.counters.step,
