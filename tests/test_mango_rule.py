@@ -112,3 +112,16 @@ def test_matches_the_update_rule_in_float64(
         optimizer.step()
         reference.step(grad, (5, step, 0, 0))
         assert torch.allclose(param.detach().flatten(1).double(), reference.w, atol=2e-5), step
+
+
+@pytest.mark.parametrize("shape, power", [((512, 32), "half"), ((32, 512), "half"), ((511, 32), "full"), ((64, 8, 3, 3), "full")])
+def test_the_bases_of_elongated_matrices_move_by_half_steps_unless_told_otherwise(shape: tuple[int, ...], power: str) -> None:
+    weights = {}
+    for asked in ("auto", "half", "full"):
+        param = nn.Parameter(gaussian((*shape, 1), (0,))[..., 0])
+        optimizer = Mango([("w", param)], lr=0.01, plan=LayerPlan(rank=4, power=asked))
+        for step in range(3):
+            param.grad = gaussian((*shape, 1), (1, step))[..., 0]
+            optimizer.step()
+        weights[asked] = param.detach()
+    assert torch.equal(weights["auto"], weights[power]) and not torch.equal(weights["half"], weights["full"])
