@@ -50,8 +50,7 @@ def square_sums(x: Tensor, minus: Tensor | None = None, left: Tensor | None = No
     bits, shift = native.float_bits(nothing if minus is None else minus)
     into = nothing if left is None else left if left.dtype == torch.float32 else left.view(torch.int16)
     for values, other, by_row, by_band, out in zip(x.contiguous(), bits, along, down, into, strict=True):
-        arrays = (values.numpy(), other.numpy(), shift, by_row.numpy(), by_band.numpy(), out.numpy())
-        run(optim.missed, bands, optim.BAND * cols, *arrays)
+        run(optim.missed, bands, optim.BAND * cols, values, other, shift, by_row, by_band, out)
     return along, down.sum(dim=1)
 
 
@@ -70,8 +69,7 @@ def to_bytes(x: Tensor, out: Tensor, summed: bool = False) -> tuple[Tensor, tupl
         scales, along = torch.empty(layers, rows), torch.empty(layers, rows)
         down = torch.empty(layers, bands if summed else 0, cols)
         for values, *written in zip(x.contiguous(), out, scales, along, down, strict=True):
-            arrays = (part.numpy() for part in written)
-            run(optim.to_bytes, bands, optim.BAND * cols, values.numpy(), values.view(torch.int32).numpy(), *arrays)
+            run(optim.to_bytes, bands, optim.BAND * cols, values, values.view(torch.int32), *written)
         return scales, (along, down.sum(dim=1)) if summed else None
     peak = x.abs().amax(dim=-1)
     inverse = torch.where(peak > TINY, torch.full_like(peak, 127.0) / peak, 0.0)  # 127.0 / peak would round twice

@@ -22,6 +22,7 @@ from mango.feedback.buffer import ErrorBuffer
 from mango.mole import pair
 from mango.native import optim as loops
 from mango.native import threads
+from mango.native.jit import compiled
 from mango.optim.guard import Guard
 from mango.products import square_sums, to_bytes
 from mango.subspace import gaussian
@@ -205,18 +206,37 @@ def test_threads_do_not_change_a_result() -> None:
     assert all(same(a, b) for a, b in zip(found[0].tensors(), found[1].tensors(), strict=True))
 
 
+@compiled
+def mark(first: int, last: int, counts: np.ndarray, ends: np.ndarray, x: np.ndarray, times: int, plus: float, out: np.ndarray) -> None:
+    ends[first] = last
+    for i in range(first, last):
+        counts[i] += 1
+        out[i] = x[1, i] * times + plus
+
+
+@compiled
+def fail(first: int, last: int, counts: np.ndarray) -> None:
+    if first and counts.size:
+        raise ValueError("it fails")
+
+
 @pytest.mark.parametrize("team", [True, False])
 def test_every_part_of_a_range_is_run_once_on_torchs_threads_or_on_ours(team: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if team and threads._openmp() is None:
         pytest.skip("torch's OpenMP is not GNU's here")
     monkeypatch.setattr(threads, "_forked", not team)
-    before, seen = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    counts, ends, x = torch.zeros(10, dtype=torch.int32), torch.zeros(10, dtype=torch.int32), torch.arange(20.0).view(2, 10)
     try:
         torch.set_num_threads(3)
-        threads.run(lambda first, last, x: seen.append((first, last, x)), 10, 1 << 20, "x")
-        assert sorted(seen) == [(0, 3, "x"), (3, 6, "x"), (6, 10, "x")]
-        with pytest.raises(ZeroDivisionError):
-            threads.run(lambda first, last: 1 // (first - 3), 10, 1 << 20)
+        for matrix, expected in ((x, x[1]), (x.view(10, 2).mT, x.view(10, 2)[:, 1])):
+            out = torch.zeros(10)
+            threads.run(mark, 10, 1 << 20, counts, ends, matrix, 2, 0.5, out)
+            assert torch.equal(out, 2 * expected + 0.5)
+        assert counts.tolist() == [2] * 10
+        assert ends.tolist() == [3, 0, 0, 6, 0, 0, 10, 0, 0, 0]
+        with pytest.raises((RuntimeError, ValueError), match="fail"):
+            threads.run(fail, 10, 1 << 20, counts)
     finally:
         torch.set_num_threads(before)
 
@@ -232,10 +252,9 @@ codec.encode(x)
 child = os.fork()
 if not child:
     from mango.native import threads, codecs as loops
-    import numpy as np
-    out = np.zeros(16, np.int32)
-    threads.run(loops.absmax, 16, 1 << 16, x.numpy()[: 1 << 10].view(np.int32), 64, out)
-    os._exit(int(out.view(np.float32).sum()))
+    out = torch.zeros(16, dtype=torch.int32)
+    threads.run(loops.absmax, 16, 1 << 16, x[: 1 << 10].view(torch.int32), 64, out)
+    os._exit(int(out.view(torch.float32).sum()))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -7,7 +7,6 @@ from functools import cache
 from math import sqrt
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,10 +81,10 @@ class Affine(Codec):
         compiled = None if flat.dtype in (torch.float16, torch.bfloat16) else loops(flat.device)
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
             if compiled is not None:
-                groups = (part[first:last].numpy() for part in (zeros, steps))
-                limits = (self.block, np.float32(2**self.bits - 1), draws(hi - lo, flat.device, generator).numpy(), self.bits)
-                stored = into["codes"][lo * self.bits // 8 : -(-hi * self.bits // 8)].numpy()
-                run(compiled.encode_affine, last - first, width, flat[lo:hi].to(torch.float32).numpy(), *groups, *limits, stored)
+                groups = (part[first:last] for part in (zeros, steps))
+                limits = (self.block, float(2**self.bits - 1), draws(hi - lo, flat.device, generator), self.bits)
+                stored = into["codes"][lo * self.bits // 8 : -(-hi * self.bits // 8)]
+                run(compiled.encode_affine, last - first, width, flat[lo:hi].to(torch.float32), *groups, *limits, stored)
                 continue
             values = flat[lo:hi].to(torch.float32).view(-1, width)
             zero, scale, step = (t[first:last].unsqueeze(1) for t in (zeros, scales, steps))
@@ -128,8 +127,8 @@ class Affine(Codec):
         compiled = loops(flat.device)
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
             if compiled is not None:
-                bits = flat[lo:hi].to(torch.float32).view(torch.int32).numpy()
-                ends = (end[first:last].view(torch.int32).numpy() for end in (low, high))
+                bits = flat[lo:hi].to(torch.float32).view(torch.int32)
+                ends = (end[first:last].view(torch.int32) for end in (low, high))
                 run(compiled.extremes, last - first, width, bits, self.block, *ends)
                 continue
             values = flat[lo:hi].view(-1, width)
@@ -166,21 +165,20 @@ def _table(bits: int, device: torch.device) -> Tensor:
 
 
 def decode_compiled(
-    loop: Callable[..., None], codes: Tensor, zeros: Tensor, scales: Tensor, block: int, bits: int, table: np.ndarray, into: Tensor
+    loop: Callable[..., None], codes: Tensor, zeros: Tensor, scales: Tensor, block: int, bits: int, table: Tensor, into: Tensor
 ) -> None:
     """into (n,) = level * scale + zero by the compiled loop; zeros, scales: (groups,) float32; table: as ``half_table``, of the levels."""
     values = into if into.dtype == torch.float32 else torch.empty(into.numel())
-    arrays = (codes.numpy(), zeros.numpy(), scales.numpy(), block, bits, table, values.numpy())
-    run(loop, len(scales), block, *arrays)
+    run(loop, len(scales), block, codes, zeros, scales, block, bits, table, values)
     if values is not into:
         into.copy_(values)
 
 
 @cache
-def half_table(bits: int) -> np.ndarray:
+def half_table(bits: int) -> Tensor:
     """What the compiled loop looks up: the two codes of a byte (four bits) or of half a byte (two), as the 8 bytes of one float64."""
-    code = np.arange(1 << 2 * bits)
-    return np.stack([code >> bits, code & (2**bits - 1)], axis=1).astype(np.float32).view(np.float64).reshape(-1)
+    code = torch.arange(1 << 2 * bits)
+    return torch.stack([code >> bits, code & (2**bits - 1)], dim=1).to(torch.float32).view(torch.float64).view(-1)
 
 
 class Int4(Affine):

@@ -13,7 +13,6 @@ from math import sqrt
 from types import ModuleType
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,8 +111,7 @@ class AbsmaxCodec(Codec):
             if compiled is not None:
                 values = flat[lo:hi] if flat.dtype == torch.float32 else torch.empty(hi - lo)
                 stored = codes[lo * self.bits // 8 : -(-hi * self.bits // 8)]
-                arrays = (stored.numpy(), scales[first:last].numpy(), block, self.level_array(), values.numpy())
-                run(self._decode_loop(compiled), last - first, block, *arrays)
+                run(self._decode_loop(compiled), last - first, block, stored, scales[first:last], block, self.table(), values)
                 if flat.dtype != torch.float32:
                     flat[lo:hi].copy_(values)
                 continue
@@ -148,7 +146,7 @@ class AbsmaxCodec(Codec):
         """The compiled loop that decodes (codes, scales, block, levels, out)."""
 
     @abstractmethod
-    def level_array(self) -> np.ndarray:
+    def table(self) -> Tensor:
         """What the compiled loop looks codes up in: levels (256,) float32, or the two levels of a byte as (256,) float64."""
 
     @abstractmethod
@@ -167,7 +165,7 @@ class AbsmaxCodec(Codec):
             if compiled is not None:
                 bits = flat[lo:hi].to(torch.float32).view(torch.int32)
                 peaks = scales[first:last].view(torch.int32)
-                run(compiled.absmax, last - first, self.block, bits.numpy(), self.block, peaks.numpy())
+                run(compiled.absmax, last - first, self.block, bits, self.block, peaks)
             else:
                 scales[first:last] = flat[lo:hi].view(-1, width).abs().amax(dim=1)
         return scales

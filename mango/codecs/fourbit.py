@@ -9,7 +9,6 @@ from math import inf, sqrt
 from types import ModuleType
 from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,8 +141,7 @@ class FourBit(AbsmaxCodec):
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
             if compiled is not None:
                 x, into = flat[lo:hi].to(torch.float32), codes[lo // 2 : (hi + 1) // 2]
-                decisions = (table.numpy() for table in _midpoints(self.levels))
-                arrays = (x.numpy(), scales[first:last].numpy(), self.block, *decisions, into.numpy())
+                arrays = (x, scales[first:last], self.block, *_midpoints(self.levels), into)
                 run(compiled.encode_nibbles, last - first, self.block, *arrays)
                 continue
             x = flat[lo:hi].to(torch.float32).view(-1, width)
@@ -171,8 +169,8 @@ class FourBit(AbsmaxCodec):
     def _decode_loop(self, compiled: ModuleType) -> Callable[..., None]:
         return compiled.decode_nibbles
 
-    def level_array(self) -> np.ndarray:
-        return _pair_table(self.levels, torch.device("cpu")).numpy()
+    def table(self) -> Tensor:
+        return _pair_table(self.levels, torch.device("cpu"))
 
     def _lookup(self, codes: Tensor, n: int) -> Tensor:
         return _pair_table(self.levels, codes.device).index_select(0, codes.to(torch.int32)).view(torch.float32)[:n]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,8 +67,7 @@ class Int8(AbsmaxCodec):
         if compiled is not None:
             for lo, hi, _, first, last in parts(flat.numel(), self.block, flat.device, compiled=True):
                 x = flat[lo:hi].to(torch.float32)
-                arrays = (x.numpy(), scales[first:last].numpy(), self.block, table.numpy(), codes[lo:hi].numpy())
-                run(compiled.encode_bytes, last - first, self.block, *arrays)
+                run(compiled.encode_bytes, last - first, self.block, x, scales[first:last], self.block, table, codes[lo:hi])
             return
         half = torch.tensor(0.5, device=flat.device)
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device):
@@ -82,8 +80,8 @@ class Int8(AbsmaxCodec):
     def _decode_loop(self, compiled: ModuleType) -> Callable[..., None]:
         return compiled.decode_bytes
 
-    def level_array(self) -> np.ndarray:
-        return dynamic_map().numpy()
+    def table(self) -> Tensor:
+        return dynamic_map()
 
     def _lookup(self, codes: Tensor, n: int) -> Tensor:
         return dynamic_map(codes.device).index_select(0, codes.to(torch.int32))

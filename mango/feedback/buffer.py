@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,9 +54,8 @@ class ErrorBuffer:
         if loop is not None and all(gradient.dtype == torch.float32 and gradient.is_contiguous() for gradient in gradients):
             codec, stored = self.store.codec, self.store.parts()
             for row, gradient, codes, scales in zip(rows, gradients, stored["codes"], stored["scales"], strict=True):
-                arrays = (gradient.detach().view(-1).numpy(), np.float32(sign), row.view(-1).numpy(), np.float32(decay))
-                blocks = (self.store.numel // codec.block, codec.block)
-                run(loop, *blocks, codes.numpy(), scales.numpy(), codec.block, codec.level_array(), *arrays)
+                into = (gradient.detach().view(-1), sign, row.view(-1), decay)
+                run(loop, self.store.numel // codec.block, codec.block, codes, scales, codec.block, codec.table(), *into)
             return out
         self.store.read(out)
         if decay != 1.0:

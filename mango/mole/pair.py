@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +42,8 @@ def save(r: Tensor, block: int, name: str) -> Saved:
     steps = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=r.device)
     for lo, hi, width, first, last in parts(flat.numel(), block, r.device, compiled is not None):
         if compiled is not None:
-            bits = flat[lo:hi].to(torch.float32).view(torch.int32).numpy()
-            run(compiled.absmax, last - first, width, bits, block, steps[first:last].view(torch.int32).numpy())
+            bits = flat[lo:hi].to(torch.float32).view(torch.int32)
+            run(compiled.absmax, last - first, width, bits, block, steps[first:last].view(torch.int32))
         else:
             steps[first:last] = flat[lo:hi].view(-1, width).amax(dim=1)
     if not all_finite(steps):
@@ -54,9 +53,9 @@ def save(r: Tensor, block: int, name: str) -> Saved:
     codes = torch.empty(-(-flat.numel() * BITS // 8), dtype=torch.uint8, device=r.device)
     for lo, hi, width, first, last in parts(flat.numel(), block, r.device, compiled is not None):
         if compiled is not None:
-            numbers = (divisors[first:last].numpy(), block, np.float32(2 * LEVELS), draws(hi - lo, r.device, None).numpy())
-            stored = codes[lo * BITS // 8 : -(-hi * BITS // 8)].numpy()
-            run(compiled.encode_pair, last - first, width, flat[lo:hi].to(torch.float32).numpy(), *numbers, stored)
+            numbers = (divisors[first:last], block, float(2 * LEVELS), draws(hi - lo, r.device, None))
+            stored = codes[lo * BITS // 8 : -(-hi * BITS // 8)]
+            run(compiled.encode_pair, last - first, width, flat[lo:hi].to(torch.float32), *numbers, stored)
             continue
         v = flat[lo:hi].to(torch.float32).view(-1, width) / divisors[first:last].unsqueeze(1)
         lower = v.floor()
@@ -87,7 +86,7 @@ def _decode(saved: Saved, table: Tensor, scales: Tensor) -> Tensor:
         if compiled is not None:
             stored, scale = codes[lo * BITS // 8 : -(-hi * BITS // 8)], scales[first:last]
             groups = (torch.zeros_like(scale), scale, form.block)
-            decode_compiled(compiled.decode_affine, stored, *groups, BITS, table.numpy(), out.view(-1)[lo:hi])
+            decode_compiled(compiled.decode_affine, stored, *groups, BITS, table, out.view(-1)[lo:hi])
             continue
         index = codes[lo * BITS // 8 : -(-hi * BITS // 8)].to(torch.int32)
         found = table.index_select(0, index).view(torch.float32)[: hi - lo].view(-1, width)

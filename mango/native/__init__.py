@@ -13,7 +13,6 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +22,9 @@ def ready(device: torch.device) -> bool:
     return device.type == "cpu" and _installed()
 
 
-def float_bits(x: Tensor) -> tuple[Tensor, np.int32]:
+def float_bits(x: Tensor) -> tuple[Tensor, int]:
     """x in float32 or bfloat16 as integers for a compiled loop, and by how much they are to be shifted to be the bits of float32."""
-    return (x.view(torch.int16), np.int32(16)) if x.dtype == torch.bfloat16 else (x.view(torch.int32), np.int32(0))
+    return (x.view(torch.int16), 16) if x.dtype == torch.bfloat16 else (x.view(torch.int32), 0)
 
 
 @cache

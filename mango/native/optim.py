@@ -77,8 +77,9 @@ def missed(first: int, last: int, h: Array, product: Array, shift: int, rows: Ar
 @compiled
 def _widen(bits: Array, shift: int, wide: Array) -> None:
     """The bits of float32, as int32: of bfloat16 they are the upper half."""
+    places = np.int32(shift)
     for j in range(bits.size):
-        wide[j] = np.int32(bits[j]) << shift
+        wide[j] = np.int32(bits[j]) << places
 
 
 @compiled
@@ -171,9 +172,12 @@ def moments(
     shift: int,
     u: Array,
     new: Array,
-    beta: Array,
-    old: Array,
-    unbias: Array,
+    beta1: float,
+    beta2: float,
+    old1: float,
+    old2: float,
+    unbias1: float,
+    unbias2: float,
     eps: float,
     mean: Array,
     root: Array,
@@ -181,21 +185,20 @@ def moments(
 ) -> None:
     """Adam's moments and direction, rows ``first`` to ``last`` of (rows, n).
 
-    mean = beta m + c u and root = sqrt(beta v + c u u), with c = (1 - beta) + new old;
-    adam = (mean / unbias[0]) / (root / unbias[1] + eps).
-    m, v: as the product of ``missed``; u: float32; new: (rows,) float32; beta, old, unbias: (2,) float32, for the first and the second
-    moment; mean, root, adam: float32, written.
+    mean = beta1 m + c1 u and root = sqrt(beta2 v + c2 u u), with c = (1 - beta) + new old;
+    adam = (mean / unbias1) / (root / unbias2 + eps).
+    m, v: as the product of ``missed``; u: float32; new: (rows,) float32; mean, root, adam: float32, written.
     """
     wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     one, two = wide.view(np.float32), other.view(np.float32)
     for i in range(first, last):
-        c1, c2 = (ONE - beta[0]) + new[i] * old[0], (ONE - beta[1]) + new[i] * old[1]
+        c1, c2 = (ONE - beta1) + new[i] * old1, (ONE - beta2) + new[i] * old2
         for begin in range(0, u.shape[1], TILE):
             end = min(begin + TILE, u.shape[1])
             _widen(m[i, begin:end], shift, wide)
             _widen(v[i, begin:end], shift, other)
             values, found, first_moment, root_moment = u[i, begin:end], adam[i, begin:end], mean[i, begin:end], root[i, begin:end]
             for j in range(values.size):
-                first_moment[j] = beta[0] * one[j] + c1 * values[j]
-                root_moment[j] = np.sqrt(beta[1] * two[j] + c2 * (values[j] * values[j]))
-                found[j] = (first_moment[j] / unbias[0]) / (root_moment[j] / unbias[1] + eps)
+                first_moment[j] = beta1 * one[j] + c1 * values[j]
+                root_moment[j] = np.sqrt(beta2 * two[j] + c2 * (values[j] * values[j]))
+                found[j] = (first_moment[j] / unbias1) / (root_moment[j] / unbias2 + eps)

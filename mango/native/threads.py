@@ -12,52 +12,45 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 GRAIN = 1 << 15  # values for which another thread pays, as in torch
 _pool: ThreadPoolExecutor | None = None
 _forked = False
 
 
-def run(loop: Callable[..., None], count: int, each: int, *arguments: Any) -> None:
-    """``loop(first, last, *arguments)`` over 0..count, in parts that are run side by side; ``each`` is the values behind one of them."""
+def run(loop: Callable[..., None], count: int, each: int, *arguments: Tensor | int | float) -> None:
+    """``loop(first, last, *arguments)`` over 0..count, in parts that are run side by side; ``each`` is the values behind one of them.
+
+    Arguments: tensors on the CPU, which the loop sees as arrays; int; float, which it sees as float32.
+    """
     parts = max(1, min(torch.get_num_threads(), count * each // GRAIN))
-    if parts == 1:
-        loop(0, count, *arguments)
+    library = None if parts == 1 or _forked else _openmp()
+    if library is not None:
+        from mango.native import team
+
+        team.run(library, loop, count, parts, arguments)
         return
-    bounds = list(pairwise(count * part // parts for part in range(parts + 1)))
-    library = None if _forked else _openmp()
-    if library is None:
-        for job in [_workers().submit(loop, first, last, *arguments) for first, last in bounds]:
-            job.result()
-    else:
-        _team(library, [partial(loop, first, last, *arguments) for first, last in bounds])
+    seen = [_as_numpy(argument) for argument in arguments]
+    if parts == 1:
+        loop(0, count, *seen)
+        return
+    bounds = pairwise(count * part // parts for part in range(parts + 1))
+    for job in [_workers().submit(loop, first, last, *seen) for first, last in bounds]:
+        job.result()
 
 
-def _team(library: ctypes.CDLL, parts: list[Callable[[], None]]) -> None:
-    """Run the parts on the OpenMP threads of this thread. An exception of one of them is raised here."""
-    failed: list[BaseException] = []
-    left = iter(parts)  # next() on it is atomic: the team may be smaller than was asked for
-
-    @_ENTRY
-    def entry(_: int | None) -> None:
-        for part in left:
-            try:
-                part()
-            except BaseException as error:  # nothing may unwind through OpenMP's frames
-                failed.append(error)
-
-    library.GOMP_parallel(entry, None, len(parts), 0)
-    if failed:
-        raise failed[0]
-
-
-_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def _as_numpy(argument: Tensor | int | float) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.numpy()
+    return np.float32(argument) if isinstance(argument, float) else argument
 
 
 @cache
@@ -71,7 +64,7 @@ def _openmp() -> ctypes.CDLL | None:
             library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)  # by soname, of what is in memory already: never a second runtime
         except OSError:
             continue
-        library.GOMP_parallel.argtypes = [_ENTRY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         library.GOMP_parallel.restype = None
         return library
     return None

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -239,10 +238,9 @@ class LayerStack:
                 from mango.native import optim
 
                 (values, left_shift), (added, shift) = native.float_bits(left), native.float_bits(step)
-                numbers = [np.float32(number) for number in (sign, decay, 1.0 + caution, 1.0 - caution)]
-                for param, grad, *parts in zip(params, grads, values, added, by_row, by_column, strict=True):
-                    a, b, along, down = (part.numpy() for part in parts)
-                    weights, g = (tensor.detach().view(self.rows, self.cols).numpy() for tensor in (param, grad))
+                numbers = (sign, decay, 1.0 + caution, 1.0 - caution)
+                for param, grad, a, b, along, down in zip(params, grads, values, added, by_row, by_column, strict=True):
+                    weights, g = (tensor.detach().view(self.rows, self.cols) for tensor in (param, grad))
                     run(optim.apply, self.rows, self.cols, weights, a, left_shift, b, shift, along, down, g, *numbers)
                 return
             scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))

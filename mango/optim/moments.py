@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,9 +81,8 @@ class Moments:
         from mango.native import optim
 
         layers, rank, large = self.shape
-        m, v = (moment.view(-1, large) for moment in turned)
-        (m, shift), (v, _) = native.float_bits(m), native.float_bits(v)
-        numbers = (np.array(pair, np.float32) for pair in (hyper.betas, old, unbias))
-        factors = (u.contiguous().view(-1, large).numpy(), new.reshape(-1).numpy())
-        written = (part.view(-1, large).numpy() for part in (first, second, adam))
-        run(optim.moments, layers * rank, large, m.numpy(), v.numpy(), shift, *factors, *numbers, np.float32(hyper.eps), *written)
+        (m, shift), (v, _) = (native.float_bits(moment.view(-1, large)) for moment in turned)
+        factors = (u.contiguous().view(-1, large), new.reshape(-1))
+        numbers = map(float, (*hyper.betas, *old, *unbias, hyper.eps))
+        written = (part.view(-1, large) for part in (first, second, adam))
+        run(optim.moments, layers * rank, large, m, v, shift, *factors, *numbers, *written)
