@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,15 +33,44 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def square_sums(x: Tensor, minus: Tensor | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class Product(NamedTuple):
+    """A product of two factors, in the form that is cheapest to come by.
+
+    Attributes:
+        values: (layers, rows, cols) contiguous, in float32 or bfloat16; or sums of products of codes, int32.
+        scales: what the sums are multiplied by, (layers, rows) and (layers, cols); None for floats.
+    """
+
+    values: Tensor
+    scales: tuple[Tensor, Tensor] | None = None
+
+    def floats(self) -> Tensor:
+        """The product in float32, or as it is in bfloat16."""
+        if self.scales is None:
+            return self.values
+        return self.values.to(torch.float32).mul_(self.scales[0].unsqueeze(-1)).mul_(self.scales[1].unsqueeze(-2))
+
+    def room(self) -> Tensor:
+        """Memory of floats of this shape, which takes the place of ``values``."""
+        return self.values if self.scales is None else self.values.view(torch.float32)
+
+    def split(self) -> Iterator[tuple[Tensor, int, Tensor, Tensor]]:
+        """Of each layer what a compiled loop reads: bits, shift and scales, without elements where there are none."""
+        bits, shift = native.float_bits(self.values)
+        nothing = torch.empty(len(bits), 0)
+        along, down = (nothing, nothing) if self.scales is None else self.scales
+        return zip(bits, repeat(shift), along, down)
+
+
+def square_sums(x: Tensor, minus: Product | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sums of the squares of x - minus along each row, (layers, rows), and down each column, (layers, cols).
 
-    x: (layers, rows, cols) float32; minus: the same in float32 or bfloat16, or None for zeros; left: where x - minus is written, if it is
-    given, contiguous, in float32 or bfloat16, perhaps x or minus.
+    x: (layers, rows, cols) float32; minus: the same, or None for zeros; left: where x - minus is written, if it is given, contiguous, in
+    float32 or bfloat16, perhaps into x or the room of minus.
     """
     if not native.ready(x.device):
         if minus is not None:
-            x = torch.sub(x, minus, out=left if left is not None and left.dtype == torch.float32 else None)
+            x = torch.sub(x, minus.floats(), out=left if left is not None and left.dtype == torch.float32 else None)
         if left is not None and left is not x:
             left.copy_(x)
         return torch.linalg.vector_norm(x, dim=-1).square_(), torch.linalg.vector_norm(x, dim=-2).square_()
@@ -47,10 +80,10 @@ def square_sums(x: Tensor, minus: Tensor | None = None, left: Tensor | None = No
     bands = -(-rows // optim.BAND)
     along, down = torch.empty(layers, rows), torch.empty(layers, bands, cols)
     nothing = x.new_empty(layers, 0, cols)
-    bits, shift = native.float_bits(nothing if minus is None else minus)
+    others = (Product(nothing) if minus is None else minus).split()
     into = nothing if left is None else left if left.dtype == torch.float32 else left.view(torch.int16)
-    for values, other, by_row, by_band, out in zip(x.contiguous(), bits, along, down, into, strict=True):
-        run(optim.missed, bands, optim.BAND * cols, values, other, shift, by_row, by_band, out)
+    for values, other, by_row, by_band, out in zip(x.contiguous(), others, along, down, into, strict=True):
+        run(optim.missed, bands, optim.BAND * cols, values, *other, by_row, by_band, out)
     return along, down.sum(dim=1)
 
 
@@ -71,10 +104,61 @@ def to_bytes(x: Tensor, out: Tensor, summed: bool = False) -> tuple[Tensor, tupl
         for values, *written in zip(x.contiguous(), out, scales, along, down, strict=True):
             run(optim.to_bytes, bands, optim.BAND * cols, values, values.view(torch.int32), *written)
         return scales, (along, down.sum(dim=1)) if summed else None
-    peak = x.abs().amax(dim=-1)
+    return _codes(x, -1, out), square_sums(x) if summed else None
+
+
+def to_bytes_down(x: Tensor, out: Tensor) -> Tensor:
+    """The codes of ``to_bytes`` with a scale for each column. Returns the scales (layers, cols)."""
+    layers, rows, cols = x.shape
+    if not native.ready(x.device):
+        return _codes(x, -2, out)
+    from mango.native import optim
+
+    scales = torch.empty(layers, cols)
+    for values, codes, peaks in zip(x.contiguous(), out, scales, strict=True):
+        run(optim.to_bytes_down, -(-cols // optim.TILE), optim.TILE * rows, values, values.view(torch.int32), codes, peaks)
+    return scales
+
+
+def _codes(x: Tensor, dim: int, out: Tensor) -> Tensor:
+    """Codes of x in ``out``. Returns the scales, one for all that lies along ``dim``."""
+    peak = x.abs().amax(dim=dim, keepdim=True)
     inverse = torch.where(peak > TINY, torch.full_like(peak, 127.0) / peak, 0.0)  # 127.0 / peak would round twice
-    out.copy_((x * inverse.unsqueeze(-1)).round_())
-    return peak * (1.0 / 127.0), square_sums(x) if summed else None
+    out.copy_((x * inverse).round_())
+    return peak.squeeze(dim) * (1.0 / 127.0)
+
+
+class Lift:
+    """Products of a basis P (layers, m, r) with factors U (layers, r, n), as Mango's step takes them.
+
+    Args:
+        basis: float32 or bfloat16, the type of the products.
+        turned: whether Uᵀ Pᵀ is wanted in the place of P U.
+        integers: whether both are rounded to int8, P with a scale for each row and U for each column, and multiplied exactly then.
+        workspace: for products, and for codes.
+    """
+
+    def __init__(self, basis: Tensor, turned: bool, integers: bool, workspace: Workspace) -> None:
+        self._basis, self._turned, self._workspace = basis, turned, workspace
+        self._scales: Tensor | None = None
+        if integers:
+            self._basis = workspace.take("basis codes", tuple(basis.shape), torch.int8)
+            self._scales, _ = to_bytes(basis.float(), self._basis)
+
+    def product(self, factor: Tensor, purpose: str) -> Product:
+        """P U (layers, m, n), or turned; valid until a product for the same purpose is taken."""
+        if self._scales is not None:
+            codes = self._workspace.take("codes", tuple(factor.shape), torch.int8)
+            scales, factor, dtype = (self._scales, to_bytes_down(factor, codes)), codes, torch.int32
+        else:
+            scales, factor, dtype = None, factor.to(self._basis.dtype), self._basis.dtype
+        one, other = (factor.mT, self._basis.mT) if self._turned else (self._basis, factor)
+        out = self._workspace.take(purpose, (len(one), one.shape[-2], other.shape[-1]), dtype)
+        if scales is None:
+            return Product(matmul(one, other, out))
+        for a, b, result in zip(one, other, out, strict=True):
+            torch._int_mm(a, b, out=result)
+        return Product(out, scales[::-1] if self._turned else scales)
 
 
 class ByteMatrices:
@@ -109,10 +193,13 @@ class ByteMatrices:
         workspace, scales, shape = self._workspace, self._scales.unsqueeze(-2), tuple(x.shape)
         codes = workspace.take("codes", shape, torch.int8)
         own, _ = to_bytes(x if apart else torch.mul(x, scales, out=workspace.take("scaled", shape)), codes)
-        shape = (*x.shape[:-1], a.shape[-1])
+        rows, cols = shape[-2], a.shape[-1]
+        across = a.stride(-1) != 1 and cols < a.shape[-2]  # then (A xᵀ)ᵀ is a quarter faster
+        shape = (len(codes), cols, rows) if across else (len(codes), rows, cols)
         sums = workspace.take("sums", shape, torch.int32)
         for one, other, result in zip(codes, a, sums, strict=True):
-            torch._int_mm(one, other, out=result)
+            torch._int_mm(*((other.mT, one.mT) if across else (one, other)), out=result)
         own = (own if over is None else own / over) * self._largest
-        product = workspace.take(purpose, shape).copy_(sums).mul_(own.unsqueeze(-1))
+        product = workspace.take(purpose, shape).copy_(sums)
+        product = (product.mT if across else product).mul_(own.unsqueeze(-1))
         return product.mul_(scales) if apart else product

@@ -24,7 +24,7 @@ from mango.native import optim as loops
 from mango.native import threads
 from mango.native.jit import compiled
 from mango.optim.guard import Guard
-from mango.products import square_sums, to_bytes
+from mango.products import Product, square_sums, to_bytes, to_bytes_down
 from mango.subspace import gaussian
 
 Result = TypeVar("Result")
@@ -139,19 +139,42 @@ def test_the_error_is_decoded_and_added_with_the_bits_of_two_passes() -> None:
 
 
 @pytest.mark.parametrize("cols", [90, 1024, 2100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
 @pytest.mark.parametrize("left_dtype", [torch.float32, torch.bfloat16])
 def test_the_update_is_applied_with_the_bits_of_its_passes(cols: int, dtype: torch.dtype, left_dtype: torch.dtype) -> None:
     w, by_row, by_column = gaussian((70, cols), (1,)), gaussian((70,), (3,)), gaussian((cols,), (4,))
-    left, plus = gaussian((70, cols), (2,)).to(left_dtype), gaussian((70, cols), (6,)).to(dtype)
+    left, plus = gaussian((70, cols), (2,)).to(left_dtype), product((1, 70, cols), dtype)
     g = gaussian((70, cols), (7,))
     g[:3] = 0.0
-    x = left * by_row[:, None] * by_column + plus
+    x = left * by_row[:, None] * by_column + plus.floats()[0]
     expected = w * 0.875 + x * torch.where(x * g < 0, 1.6, 0.4)
-    (taken, left_shift), (added, shift) = native.float_bits(left), native.float_bits(plus)
-    arrays = (w.numpy(), taken.numpy(), left_shift, added.numpy(), shift, by_row.numpy(), by_column.numpy(), g.numpy())
-    loops.apply(0, 70, *arrays, *(np.float32(number) for number in (1.0, 0.875, 1.6, 0.4)))
+    ((added, *form),) = plus.split()
+    threads.run(loops.apply, 70, cols, w, *native.float_bits(left), added, *form, by_row, by_column, g, 1.0, 0.875, 1.6, 0.4)
     assert same(w, expected)
+
+
+def product(shape: tuple[int, int, int], dtype: torch.dtype) -> Product:
+    """Of random numbers, in each of the forms that a product may have."""
+    layers, rows, cols = shape
+    values = gaussian(shape, (2,))
+    if dtype != torch.int32:
+        return Product(values.to(dtype))
+    return Product((values * 1e4).to(dtype), (gaussian((layers, rows), (5,)) * 1e-2, gaussian((layers, cols), (6,)) * 1e-2))
+
+
+def test_columns_become_bytes_alike() -> None:
+    x = gaussian((2, 130, 1100), (1,)) * gaussian((2, 1, 1100), (2,)).mul(20.0).exp()
+    x[0, :, :5] = 0.0
+    x[1, :, 0] = 1e-40
+
+    def work() -> tuple[Tensor, ...]:
+        codes = torch.empty_like(x, dtype=torch.int8)
+        return codes, to_bytes_down(x, codes)
+
+    mine, twin = both(work)
+    assert all(same(a, b) for a, b in zip(mine, twin, strict=True))
+    rows, scales = torch.empty(2, 1100, 130, dtype=torch.int8), mine[1]
+    assert torch.equal(scales, to_bytes(x.mT.contiguous(), rows)[0]) and torch.equal(mine[0], rows.mT)
 
 
 def test_rows_become_bytes_alike() -> None:
@@ -170,19 +193,18 @@ def test_rows_become_bytes_alike() -> None:
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(mine[2:], twin[2:], strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, None])
 def test_squares_of_what_was_missed_are_summed(dtype: torch.dtype | None) -> None:
     x = gaussian((2, 300, 1100), (1,))
-    minus = None if dtype is None else gaussian((2, 300, 1100), (2,)).to(dtype)
-    exact = x.double() - (0.0 if minus is None else minus.double())
-    for into in ("nowhere", "anew", "x") if minus is None else ("nowhere", "anew", "bfloat16", "product", "x"):
-        given = None if minus is None else minus.clone()
+    exact = x - (0.0 if dtype is None else product((2, 300, 1100), dtype).floats())
+    for into in ("nowhere", "anew", "x") if dtype is None else ("nowhere", "anew", "bfloat16", "product", "x"):
+        given = None if dtype is None else product((2, 300, 1100), dtype)
         anew, lower = torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
-        left = {"nowhere": None, "anew": anew, "bfloat16": lower, "product": given, "x": x}[into]
+        left = {"nowhere": None, "anew": anew, "bfloat16": lower, "product": given and given.room(), "x": x}[into]
         rows, columns = square_sums(x, given, left)
-        assert torch.allclose(rows, exact.square().sum(-1).float(), rtol=1e-5)
-        assert torch.allclose(columns, exact.square().sum(-2).float(), rtol=1e-5)
-        assert left is None or torch.equal(left, exact.float().to(left.dtype))
+        assert torch.allclose(rows, exact.double().square().sum(-1).float(), rtol=1e-5)
+        assert torch.allclose(columns, exact.double().square().sum(-2).float(), rtol=1e-5)
+        assert left is None or torch.equal(left, exact.to(left.dtype))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mango.native.codecs import MAGNITUDE, ONE, TINY, UNIT, ZERO
+from mango.native.codecs import MAGNITUDE, NONE, ONE, TINY, UNIT, ZERO
 from mango.native.jit import compiled, summing
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -37,10 +37,13 @@ def compensate(
 
 
 @compiled
-def missed(first: int, last: int, h: Array, product: Array, shift: int, rows: Array, columns: Array, left: Array) -> None:
+def missed(
+    first: int, last: int, h: Array, product: Array, shift: int, along: Array, down: Array, rows: Array, columns: Array, left: Array
+) -> None:
     """Sums of the squares of h - product (rows, cols), bands ``first`` to ``last`` of BAND rows.
 
-    product: the bits of bfloat16 as int16 with ``shift`` 16, or of float32 as int32 with 0; without rows it stands for zeros.
+    product: the bits of bfloat16 as int16 with ``shift`` 16, or of float32 as int32 with 0; or int32 that is multiplied by along (rows,)
+    and down (cols,), float32, where those have elements; without rows it stands for zeros.
     rows: (rows,) float32, along each row, written; columns: (bands, cols) float32, down each column of a band, written. Whoever adds the
     bands gets one result for any number of threads; torch's reduction over columns is ten times slower.
     left: h - product is written there unless it has no rows: as float32, perhaps into h, or, of a product, as the bits of bfloat16,
@@ -56,7 +59,7 @@ def missed(first: int, last: int, h: Array, product: Array, shift: int, rows: Ar
                 end = min(begin + TILE, h.shape[1])
                 values, sums, difference = h[i, begin:end], columns[band, begin:end], found[: end - begin]
                 if product.shape[0]:
-                    _widen(product[i, begin:end], shift, wide)
+                    _floats(product[i, begin:end], shift, along, i, down[begin:end], wide, found)
                     for j in range(values.size):
                         difference[j] = values[j] - difference[j]
                 else:
@@ -80,6 +83,17 @@ def _widen(bits: Array, shift: int, wide: Array) -> None:
     places = np.int32(shift)
     for j in range(bits.size):
         wide[j] = np.int32(bits[j]) << places
+
+
+@compiled
+def _floats(bits: Array, shift: int, along: Array, row: int, down: Array, wide: Array, values: Array) -> None:
+    """Part of a row of the product of ``missed`` as float32: wide, int32, and values are one memory."""
+    if down.size:
+        scale = along[row]
+        for j in range(bits.size):
+            values[j] = np.float32(bits[j]) * scale * down[j]
+    else:
+        _widen(bits, shift, wide)
 
 
 @compiled
@@ -126,6 +140,30 @@ def to_bytes(first: int, last: int, x: Array, bits: Array, codes: Array, scales:
 
 
 @compiled
+def to_bytes_down(first: int, last: int, x: Array, bits: Array, codes: Array, scales: Array) -> None:
+    """``to_bytes`` with a scale for each column, tiles ``first`` to ``last`` of TILE columns. scales: (cols,) float32, written."""
+    most = np.empty(TILE, np.int32)
+    inverse = np.empty(TILE, np.float32)
+    for tile in range(first, last):
+        begin, end = tile * TILE, min((tile + 1) * TILE, x.shape[1])
+        peaks, factors, written = most[: end - begin], inverse[: end - begin], scales[begin:end]
+        peaks[:] = NONE
+        for i in range(x.shape[0]):
+            magnitudes = bits[i, begin:end]
+            for j in range(magnitudes.size):
+                peaks[j] = max(peaks[j], np.int32(magnitudes[j] & MAGNITUDE))
+        floats = peaks.view(np.float32)
+        for j in range(floats.size):
+            peak = floats[j]
+            factors[j] = BYTE / peak if peak > SMALLEST else ZERO
+            written[j] = peak * PER_BYTE
+        for i in range(x.shape[0]):
+            values, found = x[i, begin:end], codes[i, begin:end]
+            for j in range(values.size):
+                found[j] = np.int8(np.int32(np.rint(values[j] * factors[j])))
+
+
+@compiled
 def apply(
     first: int,
     last: int,
@@ -134,6 +172,8 @@ def apply(
     left_shift: int,
     plus: Array,
     shift: int,
+    along: Array,
+    down: Array,
     by_row: Array,
     by_column: Array,
     g: Array,
@@ -144,8 +184,8 @@ def apply(
 ) -> None:
     """w = decay w + x (longer where x sign g < 0, else shorter), x = by_row left by_column + plus, rows ``first`` to ``last``.
 
-    w, g: (rows, cols) float32; left, plus: as the product of ``missed``; by_row: (rows,), by_column: (cols,), float32; sign: 1, or -1 where
-    g is ascended.
+    w, g: (rows, cols) float32; plus, along, down: as the product of ``missed``; left: likewise, of floats; by_row: (rows,), by_column:
+    (cols,), float32; sign: 1, or -1 where g is ascended.
     """
     wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     values, added = wide.view(np.float32), other.view(np.float32)
@@ -153,11 +193,11 @@ def apply(
         scale = by_row[i]
         for begin in range(0, w.shape[1], TILE):
             end = min(begin + TILE, w.shape[1])
-            weights, along, slope = w[i, begin:end], by_column[begin:end], g[i, begin:end]
+            weights, scales, slope = w[i, begin:end], by_column[begin:end], g[i, begin:end]
             _widen(left[i, begin:end], left_shift, wide)
-            _widen(plus[i, begin:end], shift, other)
+            _floats(plus[i, begin:end], shift, along, i, down[begin:end], other, added)
             for j in range(weights.size):
-                x = values[j] * scale * along[j] + added[j]
+                x = values[j] * scale * scales[j] + added[j]
                 up = slope[j] * sign
                 agrees = (x < ZERO) & (up > ZERO) | (x > ZERO) & (up < ZERO)
                 weights[j] = weights[j] * decay + x * (longer if agrees else shorter)

@@ -16,7 +16,7 @@ from mango.native.threads import run
 from mango.optim.diagnose import diagnose
 from mango.optim.moments import Moments
 from mango.optim.plan import LayerPlan
-from mango.products import MOST, ByteMatrices, matmul, square_sums
+from mango.products import MOST, ByteMatrices, Lift, Product, matmul, square_sums
 from mango.stacked import Stacked
 from mango.subspace import (
     Matrix,
@@ -132,14 +132,16 @@ class LayerStack:
         exact = self._project(basis, a)  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
+        integers = isinstance(a, ByteMatrices) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
+        lift = Lift(as_used if integers else basis, self.rows > self.cols, integers, workspace)
         adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, dtype, workspace)
         found = diagnose(self, h, as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
         left, scale, along = h, None, adam
         if self.error.store is not None or self.factored:  # F = H - PU; if it is not kept, it need not be more precise than PU
-            product = self._product(basis, u, "product", workspace)
-            left = product if self.error.store is None else workspace.take("h", shape)
+            product = lift.product(u, "product")
+            left = product.room() if self.error.store is None else workspace.take("h", shape)
             sums = square_sums(h, product, left)
             self.error.keep(left, generator=generator)
             if self.factored:
@@ -151,7 +153,7 @@ class LayerStack:
             total = self._across(a.sums if isinstance(a, ByteMatrices) and a.sums is not None else square_sums(h))
             scale = self._column_scale((total - captured).clamp_min(0.0), captured if u is exact else square_sums(u)[1], adam)
             along = adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
-        step = self._product(basis, along.mul_(-hyper.lr), "step", workspace)
+        step = lift.product(along.mul_(-hyper.lr), "step")
         self._apply(params, grads, left, scale, step, hyper, workspace)
         return found
 
@@ -203,16 +205,6 @@ class LayerStack:
             return power_step(old, a, scouts)[0]
         return half_step(a, scouts if fresh == self.rank else torch.cat([mean[:, : self.rank - fresh], scouts], dim=-2))
 
-    def _oriented(self, basis: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Two operands whose product is basis @ factor in the orientation of the parameters, (layers, rows, cols)."""
-        factor = factor.to(basis.dtype)
-        return (basis, factor) if self.rows <= self.cols else (factor.mT, basis.mT)
-
-    def _product(self, basis: Tensor, factor: Tensor, purpose: str, workspace: Workspace) -> Tensor:
-        """basis @ factor (layers, rows, cols), in the type of the basis."""
-        one, other = self._oriented(basis, factor)
-        return matmul(one, other, workspace.take(purpose, (self.layers, self.rows, self.cols), one.dtype))
-
     def _across(self, sums: tuple[Tensor, Tensor]) -> Tensor:
         """Of something along rows and down columns: that over the smaller dimension, (layers, n)."""
         return sums[1] if self.rows <= self.cols else sums[0]
@@ -223,13 +215,13 @@ class LayerStack:
         grads: Sequence[Tensor],
         left: Tensor,
         scale: tuple[Tensor, Tensor] | None,
-        step: Tensor,
+        step: Product,
         hyper: Hyper,
         workspace: Workspace,
     ) -> None:
         """W <- (1 - lr weight_decay) W + X (1 + caution down G, else 1 - caution), X = step - lr diag(scale[0]) left diag(scale[1]).
 
-        left, step: (layers, rows, cols) float32 or bfloat16; scale: (layers, rows), (layers, cols), or None for zeros. Up G to ascend.
+        left: (layers, rows, cols) float32 or bfloat16; scale: (layers, rows), (layers, cols), or None for zeros. Up G to ascend.
         """
         decay, caution, sign = 1.0 - hyper.lr * hyper.weight_decay, self.plan.caution, -1.0 if hyper.maximize else 1.0
         if scale is not None:
@@ -237,22 +229,24 @@ class LayerStack:
             if native.ready(self.device) and all(plain(tensor) for tensor in (*params, *grads)):
                 from mango.native import optim
 
-                (values, left_shift), (added, shift) = native.float_bits(left), native.float_bits(step)
+                values, shift = native.float_bits(left)
                 numbers = (sign, decay, 1.0 + caution, 1.0 - caution)
-                for param, grad, a, b, along, down in zip(params, grads, values, added, by_row, by_column, strict=True):
+                for param, grad, a, plus, along, down in zip(params, grads, values, step.split(), by_row, by_column, strict=True):
                     weights, g = (tensor.detach().view(self.rows, self.cols) for tensor in (param, grad))
-                    run(optim.apply, self.rows, self.cols, weights, a, left_shift, b, shift, along, down, g, *numbers)
+                    run(optim.apply, self.rows, self.cols, weights, a, shift, *plus, along, down, g, *numbers)
                 return
             scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))
-            step = scaled.mul_(by_column.unsqueeze(-2)).add_(step)
+            change = scaled.mul_(by_column.unsqueeze(-2)).add_(step.floats())
+        else:
+            change = step.floats()
         if caution:
-            slope = workspace.take("h", tuple(step.shape))  # H is no longer needed
+            slope = workspace.take("h", tuple(change.shape))  # H is no longer needed
             torch._foreach_copy_([row.view(grad.shape) for row, grad in zip(slope.unbind(0), grads, strict=True)], list(grads))
-            agrees = torch.eq(slope.sign_().mul_(step.sign()), -sign, out=slope)  # 1 or 0
-            step.mul_(agrees.mul_(2.0 * caution).add_(1.0 - caution))
+            agrees = torch.eq(slope.sign_().mul_(change.sign()), -sign, out=slope)  # 1 or 0
+            change.mul_(agrees.mul_(2.0 * caution).add_(1.0 - caution))
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
-        torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(step.unbind(0), params, strict=True)])
+        torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(change.unbind(0), params, strict=True)])
 
     def _factored_scale(self, sums: tuple[Tensor, Tensor], adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
         """Scales along rows (layers, rows) and down columns (layers, cols) of the residual: Adafactor's (arXiv:1804.04235), bounded.
