@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -62,13 +62,14 @@ class Product(NamedTuple):
         return zip(bits, repeat(shift), along, down)
 
 
-def square_sums(x: Tensor, minus: Product | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def square_sums(x: Tensor | Sequence[Tensor], minus: Product | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sums of the squares of x - minus along each row, (layers, rows), and down each column, (layers, cols).
 
-    x: (layers, rows, cols) float32; minus: the same, or None for zeros; left: where x - minus is written, if it is given, contiguous, in
-    float32 or bfloat16, perhaps into x or the room of minus.
+    x: (layers, rows, cols) float32, perhaps one by one; minus: the same, or None for zeros; left: where x - minus is written, if it is
+    given, contiguous, in float32 or bfloat16, perhaps into x or the room of minus.
     """
-    if not native.ready(x.device):
+    if not native.ready(x[0].device):
+        x = x if isinstance(x, Tensor) else torch.stack(list(x))
         if minus is not None:
             x = torch.sub(x, minus.floats(), out=left if left is not None and left.dtype == torch.float32 else None)
         if left is not None and left is not x:
@@ -76,34 +77,35 @@ def square_sums(x: Tensor, minus: Product | None = None, left: Tensor | None = N
         return torch.linalg.vector_norm(x, dim=-1).square_(), torch.linalg.vector_norm(x, dim=-2).square_()
     from mango.native import optim
 
-    layers, rows, cols = x.shape
+    layers, rows, cols = len(x), *x[0].shape
     bands = -(-rows // optim.BAND)
     along, down = torch.empty(layers, rows), torch.empty(layers, bands, cols)
-    nothing = x.new_empty(layers, 0, cols)
+    nothing = torch.empty(layers, 0, cols)
     others = (Product(nothing) if minus is None else minus).split()
     into = nothing if left is None else left if left.dtype == torch.float32 else left.view(torch.int16)
-    for values, other, by_row, by_band, out in zip(x.contiguous(), others, along, down, into, strict=True):
-        run(optim.missed, bands, optim.BAND * cols, values, *other, by_row, by_band, out)
+    for values, other, by_row, by_band, out in zip(x, others, along, down, into, strict=True):
+        run(optim.missed, bands, optim.BAND * cols, values.contiguous(), *other, by_row, by_band, out)
     return along, down.sum(dim=1)
 
 
-def to_bytes(x: Tensor, out: Tensor, summed: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """x (layers, rows, cols) float32 as codes in ``out``, int8 of that shape, and a scale for each row.
 
     Returns:
         The scales (layers, rows): codes * scale is within half a scale, 1/254 of the largest magnitude in its row, of x. And
         ``square_sums(x)``, found while the values are at hand, if ``summed``.
     """
-    layers, rows, cols = x.shape
-    if native.ready(x.device):
+    layers, rows, cols = out.shape
+    if native.ready(out.device):
         from mango.native import optim
 
         bands = -(-rows // optim.BAND)
         scales, along = torch.empty(layers, rows), torch.empty(layers, rows)
         down = torch.empty(layers, bands if summed else 0, cols)
-        for values, *written in zip(x.contiguous(), out, scales, along, down, strict=True):
-            run(optim.to_bytes, bands, optim.BAND * cols, values, values.view(torch.int32), *written)
+        for values, *written in zip(x, out, scales, along, down, strict=True):
+            run(optim.to_bytes, bands, optim.BAND * cols, values.contiguous(), values.contiguous().view(torch.int32), *written)
         return scales, (along, down.sum(dim=1)) if summed else None
+    x = x if isinstance(x, Tensor) else torch.stack(list(x))
     return _codes(x, -1, out), square_sums(x) if summed else None
 
 
@@ -145,14 +147,15 @@ class Lift:
             self._basis = workspace.take("basis codes", tuple(basis.shape), torch.int8)
             self._scales, _ = to_bytes(basis.float(), self._basis)
 
-    def product(self, factor: Tensor, purpose: str) -> Product:
-        """P U (layers, m, n), or turned; valid until a product for the same purpose is taken."""
+    def product(self, factor: Tensor, purpose: str, part: slice = slice(None)) -> Product:
+        """P U (layers, m, n) of the layers of ``part``, or turned; valid until a product for the same purpose is taken."""
+        basis, factor = self._basis[part], factor[part]
         if self._scales is not None:
             codes = self._workspace.take("codes", tuple(factor.shape), torch.int8)
-            scales, factor, dtype = (self._scales, to_bytes_down(factor, codes)), codes, torch.int32
+            scales, factor, dtype = (self._scales[part], to_bytes_down(factor, codes)), codes, torch.int32
         else:
-            scales, factor, dtype = None, factor.to(self._basis.dtype), self._basis.dtype
-        one, other = (factor.mT, self._basis.mT) if self._turned else (self._basis, factor)
+            scales, factor, dtype = None, factor.to(basis.dtype), basis.dtype
+        one, other = (factor.mT, basis.mT) if self._turned else (basis, factor)
         out = self._workspace.take(purpose, (len(one), one.shape[-2], other.shape[-1]), dtype)
         if scales is None:
             return Product(matmul(one, other, out))
@@ -166,14 +169,14 @@ class ByteMatrices:
     rounding of both operands.
 
     Args:
-        x: (layers, rows, cols) float32, finite.
+        x: (layers, rows, cols) float32, finite, perhaps one by one.
         turned: whether A is x transposed; scales belong to the rows of x, so to the columns of A then.
         workspace: for the codes and for products.
         summed: also find ``sums``, those of ``square_sums(x)``, while the values are at hand.
     """
 
-    def __init__(self, x: Tensor, turned: bool, workspace: Workspace, summed: bool = False) -> None:
-        codes = workspace.take("low", tuple(x.shape), torch.int8)
+    def __init__(self, x: Tensor | Sequence[Tensor], turned: bool, workspace: Workspace, summed: bool = False) -> None:
+        codes = workspace.take("low", (len(x), *x[0].shape), torch.int8)
         scales, self.sums = to_bytes(x, codes, summed)
         # (layers, 1), and the rest at most 1: products of small values with small scales would underflow
         self._largest = scales.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from mango.subspace import (
 from mango.workspace import Workspace
 
 HALVES_PAY = 1 << 18  # values of a matrix from which products in bfloat16 or int8 are faster than the conversion costs
+STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
 
 def bfloat16_units(device: torch.device) -> bool:
@@ -38,6 +40,14 @@ def bfloat16_units(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def in_bytes(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
+    """Whether H is multiplied as int8, of which a CPU's units take twice as many as of bfloat16. Finding scales pays if compiled."""
+    if device.type != "cpu" or max(shape) > MOST or min(shape) == 1:  # torch 2.13 misreads the strides of a side of one
+        return False
+    pays = prod(shape) >= HALVES_PAY and torch.cpu._is_vnni_supported() and native.ready(device)
+    return matmul == "int8" or (matmul == "auto" and pays)
 
 
 def plain(tensor: Tensor) -> bool:
@@ -120,10 +130,9 @@ class LayerStack:
         names: Sequence[str] | None = None,  # asks for diagnostics
     ) -> dict[str, dict[str, float]]:
         """One step of every layer in place. Returns the diagnostics by name, empty unless asked for."""
-        shape = (self.layers, self.rows, self.cols)
         generators = [counter_generator(seed, self.device) for seed in hyper.seeds]
         generator = generators[0]  # also for codecs that draw
-        h = self._compensate(grads, hyper, workspace)  # (layers, rows, cols) float32
+        h = self._compensate(grads, hyper, workspace)
         dtype = torch.bfloat16 if self._halves(hyper) else torch.float32  # of the factors
         a = self._operand(h, dtype, hyper, workspace)  # (layers, m, n)
 
@@ -135,34 +144,44 @@ class LayerStack:
         integers = isinstance(a, ByteMatrices) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
         lift = Lift(as_used if integers else basis, self.rows > self.cols, integers, workspace)
         adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, dtype, workspace)
-        found = diagnose(self, h, as_used, exact, u, old, grads, hyper, names) if names else {}
+        found = diagnose(self, torch.stack(list(h)), as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
-        left, scale, along = h, None, adam
-        if self.error.store is not None or self.factored:  # F = H - PU; if it is not kept, it need not be more precise than PU
-            product = lift.product(u, "product")
-            left = product.room() if self.error.store is None else workspace.take("h", shape)
-            sums = square_sums(h, product, left)
-            self.error.keep(left, generator=generator)
-            if self.factored:
-                scale = self._factored_scale(sums, adam, hyper)
-            elif self.plan.residual and self.rank < self.small:
-                scale = self._column_scale(self._across(sums), square_sums(u)[1], adam)
-        elif self.plan.residual and self.rank < self.small:  # nothing needs H - PU: D = H s + P (A - U s), its norm by Pythagoras
+        missed = self.error.store is not None or self.factored  # whether H - PU is needed
+        wanted, scale = self.plan.residual and self.rank < self.small, None
+        if wanted and not missed:  # D = H s + P (A - U s), and the norm of H - PU by Pythagoras
             captured = square_sums(exact)[1]
             total = self._across(a.sums if isinstance(a, ByteMatrices) and a.sums is not None else square_sums(h))
             scale = self._column_scale((total - captured).clamp_min(0.0), captured if u is exact else square_sums(u)[1], adam)
-            along = adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
-        step = lift.product(along.mul_(-hyper.lr), "step")
-        self._apply(params, grads, left, scale, step, hyper, workspace)
+            adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
+        each = self.layers if self.error.store is not None else max(1, STACK_VALUES // (self.rows * self.cols))
+        for first in range(0, self.layers, each):
+            part = slice(first, first + each)
+            left, along = h[part], adam[part]
+            scales = None if scale is None else (scale[0][part], scale[1][part])
+            if missed:
+                product = lift.product(u, "product", part)
+                # what is not kept takes the room of PU, and need not be more precise
+                rest = product.room() if self.error.store is None else cast(Tensor, left)
+                sums, left = square_sums(left, product, rest), rest
+                self.error.keep(rest, generator=generator)
+                if self.factored:
+                    scales = self._factored_scale(sums, along, hyper, part)
+                elif wanted:
+                    scales = self._column_scale(self._across(sums), square_sums(u[part])[1], along)
+            along.mul_(-hyper.lr)
+            step = lift.product(adam, "step", part)
+            self._apply(params[part], grads[part], left, scales, step, hyper, workspace)
         return found
 
-    def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor:
-        """H = G + b E (layers, rows, cols) float32; the gradient itself where it needs neither error, nor sign, stacking or conversion."""
+    def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor | Sequence[Tensor]:
+        """H = G + b E (layers, rows, cols) float32; the gradients themselves where they need neither error, nor sign or conversion."""
         shape = (self.layers, self.rows, self.cols)
-        alone = self.layers == 1 and grads[0].dtype == torch.float32 and grads[0].is_contiguous()
-        if self.error.store is None and alone and not hyper.maximize:
-            return grads[0].view(shape)
+        if self.error.store is None and not hyper.maximize and all(map(plain, grads)):
+            if self.layers == 1:
+                return grads[0].view(shape)
+            if self._bytes(hyper) and native.ready(self.device):  # which takes one at a time
+                return [grad.view(self.rows, self.cols) for grad in grads]
         sign = -1.0 if hyper.maximize else 1.0
         return self.error.compensate(grads, workspace.take("h", shape), sign, self.plan.error_decay)
 
@@ -173,17 +192,16 @@ class LayerStack:
         return hyper.matmul == "bfloat16"
 
     def _bytes(self, hyper: Hyper) -> bool:
-        """Whether H is multiplied as int8, of which a CPU's units take twice as many as of bfloat16. Finding scales pays if compiled."""
-        if self.device.type != "cpu" or self.large > MOST or self.small == 1:  # torch 2.13 misreads the strides of a side of one
-            return False
-        pays = self.rows * self.cols >= HALVES_PAY and torch.cpu._is_vnni_supported() and native.ready(self.device)
-        return hyper.matmul == "int8" or (hyper.matmul == "auto" and pays)
+        """Whether products with H are taken in int8."""
+        return in_bytes((self.rows, self.cols), self.device, hyper.matmul)
 
-    def _operand(self, h: Tensor, dtype: torch.dtype, hyper: Hyper, workspace: Workspace) -> Matrix:
+    def _operand(self, h: Tensor | Sequence[Tensor], dtype: torch.dtype, hyper: Hyper, workspace: Workspace) -> Matrix:
         """H (layers, rows, cols) as it is multiplied, A (layers, m, n)."""
-        turned, shape = self.rows > self.cols, tuple(h.shape)
+        turned = self.rows > self.cols
         if self._bytes(hyper):
             return ByteMatrices(h, turned, workspace, summed=self.error.store is None and not self.factored)
+        assert isinstance(h, Tensor)
+        shape = tuple(h.shape)
         low = h if dtype == torch.float32 else workspace.take("low", shape, dtype).copy_(h)
         return low.mT if turned else low
 
@@ -213,7 +231,7 @@ class LayerStack:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        left: Tensor,
+        left: Tensor | Sequence[Tensor],
         scale: tuple[Tensor, Tensor] | None,
         step: Product,
         hyper: Hyper,
@@ -229,12 +247,12 @@ class LayerStack:
             if native.ready(self.device) and all(plain(tensor) for tensor in (*params, *grads)):
                 from mango.native import optim
 
-                values, shift = native.float_bits(left)
                 numbers = (sign, decay, 1.0 + caution, 1.0 - caution)
-                for param, grad, a, plus, along, down in zip(params, grads, values, step.split(), by_row, by_column, strict=True):
+                for param, grad, a, plus, along, down in zip(params, grads, left, step.split(), by_row, by_column, strict=True):
                     weights, g = (tensor.detach().view(self.rows, self.cols) for tensor in (param, grad))
-                    run(optim.apply, self.rows, self.cols, weights, a, shift, *plus, along, down, g, *numbers)
+                    run(optim.apply, self.rows, self.cols, weights, *native.float_bits(a), *plus, along, down, g, *numbers)
                 return
+            left = left if isinstance(left, Tensor) else torch.stack(list(left))
             scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))
             change = scaled.mul_(by_column.unsqueeze(-2)).add_(step.floats())
         else:
@@ -248,8 +266,9 @@ class LayerStack:
             torch._foreach_mul_(list(params), decay)
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(change.unbind(0), params, strict=True)])
 
-    def _factored_scale(self, sums: tuple[Tensor, Tensor], adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+    def _factored_scale(self, sums: tuple[Tensor, Tensor], adam: Tensor, hyper: Hyper, part: slice) -> tuple[Tensor, Tensor]:
         """Scales along rows (layers, rows) and down columns (layers, cols) of the residual: Adafactor's (arXiv:1804.04235), bounded.
+        For the layers of ``part``, of which sums and adam are.
 
         Adafactor divides by the roots of running means of squares, rows times columns over their mean, so that every row and column of
         what the basis missed is stepped alike, however its strength is spread; Fira's one scale for each column leaves the rows as
@@ -264,8 +283,9 @@ class LayerStack:
         now = (along / self.cols).clamp_max_(1e37), (down / self.rows).clamp_max_(1e37)
         means = []
         for store, seen in zip((self.rows_sq, self.cols_sq), now, strict=True):
-            mean = store.read().lerp_(seen, 1.0 - beta2)
-            store.write(mean)
+            kept = store.read()
+            mean = kept[part].lerp_(seen, 1.0 - beta2)
+            store.write(kept)
             means.append(torch.maximum(mean / (1.0 - beta2**hyper.step), seen).clamp_min_(1e-30))
         rows, cols = means
         # (layers, 1); the two means are one number until the stronger is taken, and either alone would depend on the orientation

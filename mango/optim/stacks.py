@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from mango.optim.adamw import step_group
-from mango.optim.layers import Hyper, LayerStack
+from mango.optim.layers import STACK_VALUES, Hyper, LayerStack, in_bytes
 from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
 from mango.workspace import Workspace
 
 State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter
 HOLDS = ("cpu",)  # devices on which scratch memory is held between steps; others have allocators that give it back at no cost
-STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
 
 
 class Place(NamedTuple):
@@ -75,7 +74,7 @@ class Stacks:
         for same in small.values():
             step_group(same[0].place.group, [item.param for item in same], [item.grad for item in same], states)
         for same in large.values():
-            layers = max(1, STACK_VALUES // same[0].param.numel())
+            layers = max(1, _most_values(same[0]) // same[0].param.numel())
             for first in range(0, len(same), layers):
                 found |= self._step_stack(same[first : first + layers], states, watching)
         self._workspaces = {device: held for device, held in self._workspaces.items() if device.type in HOLDS}
@@ -122,6 +121,15 @@ class Stacks:
             states[item.param] = {"step": state.get("step", 0), **stack.views(number * each, each)}
             self.of[item.param] = stack
         return stack
+
+
+def _most_values(item: Item) -> int:
+    """Of a stack. Where gradients are read as they lie, only their int8 codes are held together, a quarter of the float32 workspace."""
+    group, plan = item.place.group, item.place.plan
+    assert plan is not None
+    borrowed = plan.error == "none" and not group["maximize"] and item.param.dtype == torch.float32
+    small = borrowed and in_bytes(matrix_shape(item.param.shape), item.param.device, group["matmul"])
+    return 4 * STACK_VALUES if small else STACK_VALUES
 
 
 def as_matrices(tensor: Tensor) -> list[Tensor]:
