@@ -161,8 +161,9 @@ class LayerStack:
             scales = None if scale is None else (scale[0][part], scale[1][part])
             if missed:
                 product = lift.product(u, "product", part)
-                # what is not kept takes the room of PU, and need not be more precise
-                rest = product.room() if self.error.store is None else cast(Tensor, left)
+                rest = cast(Tensor, left) if self.error.store is not None else product.values
+                if self.error.store is None and product.scales is not None:  # what is not kept need not be more precise than PU
+                    rest = workspace.take("rest", tuple(product.values.shape), torch.bfloat16)
                 sums, left = square_sums(left, product, rest), rest
                 self.error.keep(rest, generator=generator)
                 if self.factored:
