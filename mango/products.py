@@ -44,15 +44,18 @@ class Product(NamedTuple):
     values: Tensor
     scales: tuple[Tensor, Tensor] | None = None
 
-    def floats(self) -> Tensor:
-        """The product in float32, or as it is in bfloat16."""
+    def floats(self, out: Tensor | None = None) -> Tensor:
+        """The product in float32, or as it is in bfloat16; sums are scaled into ``out`` if it is given, float32."""
         if self.scales is None:
             return self.values
-        return self.values.to(torch.float32).mul_(self.scales[0].unsqueeze(-1)).mul_(self.scales[1].unsqueeze(-2))
+        out = torch.empty(self.values.shape, device=self.values.device) if out is None else out
+        if not native.ready(out.device):
+            return out.copy_(self.values).mul_(self.scales[0].unsqueeze(-1)).mul_(self.scales[1].unsqueeze(-2))
+        from mango.native import optim
 
-    def room(self) -> Tensor:
-        """Memory of floats of this shape, which takes the place of ``values``."""
-        return self.values if self.scales is None else self.values.view(torch.float32)
+        for (sums, _, *scales), result in zip(self.split(), out, strict=True):
+            run(optim.scaled, *sums.shape, sums, *scales, result)
+        return out
 
     def split(self) -> Iterator[tuple[Tensor, int, Tensor, Tensor]]:
         """Of each layer what a compiled loop reads: bits, shift and scales, without elements where there are none."""
@@ -66,7 +69,7 @@ def square_sums(x: Tensor | Sequence[Tensor], minus: Product | None = None, left
     """Sums of the squares of x - minus along each row, (layers, rows), and down each column, (layers, cols).
 
     x: (layers, rows, cols) float32, perhaps one by one; minus: the same, or None for zeros; left: where x - minus is written, if it is
-    given, contiguous, in float32 or bfloat16, perhaps into x or the room of minus.
+    given, contiguous, in float32 or bfloat16, perhaps into x or the floats of minus.
     """
     if not native.ready(x[0].device):
         x = x if isinstance(x, Tensor) else torch.stack(list(x))
@@ -197,12 +200,12 @@ class ByteMatrices:
         codes = workspace.take("codes", shape, torch.int8)
         own, _ = to_bytes(x if apart else torch.mul(x, scales, out=workspace.take("scaled", shape)), codes)
         rows, cols = shape[-2], a.shape[-1]
-        across = a.stride(-1) != 1 and cols < a.shape[-2]  # then (A xᵀ)ᵀ is a quarter faster
+        across = a.stride(-1) != 1 and rows > 1 and cols < a.shape[-2]  # then (A xᵀ)ᵀ is a quarter faster
         shape = (len(codes), cols, rows) if across else (len(codes), rows, cols)
         sums = workspace.take("sums", shape, torch.int32)
         for one, other, result in zip(codes, a, sums, strict=True):
             torch._int_mm(*((other.mT, one.mT) if across else (one, other)), out=result)
         own = (own if over is None else own / over) * self._largest
-        product = workspace.take(purpose, shape).copy_(sums)
-        product = (product.mT if across else product).mul_(own.unsqueeze(-1))
-        return product.mul_(scales) if apart else product
+        other = self._scales if apart else torch.ones(len(codes), cols)
+        product = Product(sums, (other, own) if across else (own, other)).floats(workspace.take(purpose, shape))
+        return product.mT if across else product

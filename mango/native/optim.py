@@ -86,6 +86,13 @@ def _widen(bits: Array, shift: int, wide: Array) -> None:
 
 
 @compiled
+def scaled(first: int, last: int, sums: Array, along: Array, down: Array, out: Array) -> None:
+    """out (rows, cols) float32 = sums along down, int32, (rows,) and (cols,) float32, rows ``first`` to ``last``."""
+    for i in range(first, last):
+        _floats(sums[i], 0, along, i, down, sums[i], out[i])
+
+
+@compiled
 def _floats(bits: Array, shift: int, along: Array, row: int, down: Array, wide: Array, values: Array) -> None:
     """Part of a row of the product of ``missed`` as float32: wide, int32, and values are one memory."""
     if down.size:
