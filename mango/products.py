@@ -14,6 +14,7 @@ from mango.native.threads import run
 from mango.workspace import Workspace
 
 MOST = 1 << 17  # terms of which an int32 holds the sum, each at most 127²
+CACHED = 1 << 21  # sums that are taken at once before they are read: 8 MiB
 TINY = 1e-36  # a row without a larger magnitude is taken as zero: the inverse of its scale would overflow
 
 
@@ -150,21 +151,40 @@ class Lift:
             self._basis = workspace.take("basis codes", tuple(basis.shape), torch.int8)
             self._scales, _ = to_bytes(basis.float(), self._basis)
 
-    def product(self, factor: Tensor, purpose: str, part: slice = slice(None)) -> Product:
-        """P U (layers, m, n) of the layers of ``part``, or turned; valid until a product for the same purpose is taken."""
+    def products(self, factor: Tensor, part: slice, purpose: str, whole: bool) -> Iterator[tuple[slice, slice, Product]]:
+        """P U (layers, m, n) of the layers of ``part``, or turned.
+
+        Yields:
+            Which of those layers, which rows, and the product, valid until the next: all at once if it is of floats or wanted ``whole``,
+            and else in bands of a layer's rows that are still in a cache when they are read.
+        """
         basis, factor = self._basis[part], factor[part]
-        if self._scales is not None:
-            codes = self._workspace.take("codes", tuple(factor.shape), torch.int8)
-            scales, factor, dtype = (self._scales[part], to_bytes_down(factor, codes)), codes, torch.int32
-        else:
-            scales, factor, dtype = None, factor.to(basis.dtype), basis.dtype
-        one, other = (factor.mT, basis.mT) if self._turned else (basis, factor)
-        out = self._workspace.take(purpose, (len(one), one.shape[-2], other.shape[-1]), dtype)
-        if scales is None:
-            return Product(matmul(one, other, out))
-        for a, b, result in zip(one, other, out, strict=True):
-            torch._int_mm(a, b, out=result)
-        return Product(out, scales[::-1] if self._turned else scales)
+        if self._scales is None:
+            factor = factor.to(basis.dtype)
+            one, other = (factor.mT, basis.mT) if self._turned else (basis, factor)
+            out = self._workspace.take(purpose, (len(one), one.shape[-2], other.shape[-1]), basis.dtype)
+            yield slice(None), slice(None), Product(matmul(one, other, out))
+            return
+        codes = self._workspace.take("codes", tuple(factor.shape), torch.int8)
+        along, down = self._scales[part], to_bytes_down(factor, codes)
+        one, other = basis, codes
+        if self._turned:
+            one, other, along, down = codes.mT, basis.mT, down, along
+        layers, rows, cols = len(one), one.shape[-2], other.shape[-1]
+        if whole:
+            sums = self._workspace.take(purpose, (layers, rows, cols), torch.int32)
+            for a, b, result in zip(one, other, sums, strict=True):
+                torch._int_mm(a, b, out=result)
+            yield slice(None), slice(None), Product(sums, (along, down))
+            return
+        most = max(1, CACHED // cols)
+        for layer in range(layers):
+            for first in range(0, rows, most):
+                band = slice(first, min(first + most, rows))
+                sums = self._workspace.take(purpose, (1, band.stop - first, cols), torch.int32)
+                torch._int_mm(one[layer, band], other[layer], out=sums[0])
+                here = slice(layer, layer + 1)
+                yield here, band, Product(sums, (along[here, band], down[here]))
 
 
 class ByteMatrices:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -53,6 +53,11 @@ def in_bytes(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
 def plain(tensor: Tensor) -> bool:
     """Whether a parameter or gradient is a float32 matrix as it lies, for a compiled loop."""
     return tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+def _band(x: Tensor | Sequence[Tensor], layers: slice, rows: slice) -> Tensor | Sequence[Tensor]:
+    """These rows of these layers of x (layers, rows, cols)."""
+    return x[layers, rows] if isinstance(x, Tensor) else [matrix[rows] for matrix in x[layers]]
 
 
 @dataclass(frozen=True)
@@ -155,25 +160,37 @@ class LayerStack:
             scale = self._column_scale((total - captured).clamp_min(0.0), captured if u is exact else square_sums(u)[1], adam)
             adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
         each = self.layers if self.error.store is not None else max(1, STACK_VALUES // (self.rows * self.cols))
+        whole = not (wanted and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations
         for first in range(0, self.layers, each):
             part = slice(first, first + each)
             left, along = h[part], adam[part]
             scales = None if scale is None else (scale[0][part], scale[1][part])
             if missed:
-                product = lift.product(u, "product", part)
-                rest = cast(Tensor, left) if self.error.store is not None else product.values
-                if self.error.store is None and product.scales is not None:  # what is not kept need not be more precise than PU
-                    rest = workspace.take("rest", tuple(product.values.shape), torch.bfloat16)
-                sums, left = square_sums(left, product, rest), rest
-                self.error.keep(rest, generator=generator)
+                left, sums = self._missed(left, lift.products(u, part, "product", whole), workspace)
+                self.error.keep(left, generator=generator)
                 if self.factored:
                     scales = self._factored_scale(sums, along, hyper, part)
                 elif wanted:
                     scales = self._column_scale(self._across(sums), square_sums(u[part])[1], along)
             along.mul_(-hyper.lr)
-            step = lift.product(adam, "step", part)
-            self._apply(params[part], grads[part], left, scales, step, hyper, workspace)
+            for here, rows, step in lift.products(adam, part, "step", whole):
+                factors = None if scales is None else (scales[0][here, rows], scales[1][here])
+                self._apply(params[part][here], grads[part][here], _band(left, here, rows), factors, step, rows, hyper, workspace)
         return found
+
+    def _missed(
+        self, h: Tensor | Sequence[Tensor], products: Iterator[tuple[slice, slice, Product]], workspace: Workspace
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """H - PU (layers, rows, cols), in the place of H where it is to be kept; and the sums of its squares, as of ``square_sums``."""
+        shape = (len(h), self.rows, self.cols)
+        rest = cast(Tensor, h) if self.error.store is not None else None
+        along, down = torch.empty(shape[:2], device=self.device), torch.zeros(shape[0], self.cols, device=self.device)
+        for here, rows, product in products:
+            if rest is None:  # what is not kept need not be more precise than PU
+                rest = product.values if product.scales is None else workspace.take("rest", shape, torch.bfloat16)
+            along[here, rows], sums = square_sums(_band(h, here, rows), product, rest[here, rows])
+            down[here] += sums
+        return cast(Tensor, rest), (along, down)
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor | Sequence[Tensor]:
         """H = G + b E (layers, rows, cols) float32; the gradients themselves where they need neither error, nor sign or conversion."""
@@ -235,12 +252,14 @@ class LayerStack:
         left: Tensor | Sequence[Tensor],
         scale: tuple[Tensor, Tensor] | None,
         step: Product,
+        rows: slice,
         hyper: Hyper,
         workspace: Workspace,
     ) -> None:
         """W <- (1 - lr weight_decay) W + X (1 + caution down G, else 1 - caution), X = step - lr diag(scale[0]) left diag(scale[1]).
 
-        left: (layers, rows, cols) float32 or bfloat16; scale: (layers, rows), (layers, cols), or None for zeros. Up G to ascend.
+        For these rows of W and G, all of them unless compiled loops do it. left: (layers, rows, cols) float32 or bfloat16; scale:
+        (layers, rows), (layers, cols), or None for zeros. Up G to ascend.
         """
         decay, caution, sign = 1.0 - hyper.lr * hyper.weight_decay, self.plan.caution, -1.0 if hyper.maximize else 1.0
         if scale is not None:
@@ -250,8 +269,8 @@ class LayerStack:
 
                 numbers = (sign, decay, 1.0 + caution, 1.0 - caution)
                 for param, grad, a, plus, along, down in zip(params, grads, left, step.split(), by_row, by_column, strict=True):
-                    weights, g = (tensor.detach().view(self.rows, self.cols) for tensor in (param, grad))
-                    run(optim.apply, self.rows, self.cols, weights, *native.float_bits(a), *plus, along, down, g, *numbers)
+                    weights, g = (tensor.detach().view(self.rows, self.cols)[rows] for tensor in (param, grad))
+                    run(optim.apply, len(weights), self.cols, weights, *native.float_bits(a), *plus, along, down, g, *numbers)
                 return
             left = left if isinstance(left, Tensor) else torch.stack(list(left))
             scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))
