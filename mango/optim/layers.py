@@ -303,9 +303,7 @@ class LayerStack:
         now = (along / self.cols).clamp_max_(1e37), (down / self.rows).clamp_max_(1e37)
         means = []
         for store, seen in zip((self.rows_sq, self.cols_sq), now, strict=True):
-            kept = store.read()
-            mean = kept[part].lerp_(seen, 1.0 - beta2)
-            store.write(kept)
+            mean = store.parts()["values"][part].lerp_(seen, 1.0 - beta2)  # kept in float32: changed in place
             means.append(torch.maximum(mean / (1.0 - beta2**hyper.step), seen).clamp_min_(1e-30))
         rows, cols = means
         # (layers, 1); the two means are one number until the stronger is taken, and either alone would depend on the orientation
@@ -313,7 +311,7 @@ class LayerStack:
         # mean square of what is stepped, as if squares of the residual were products of row and column
         strength = middle / now[0].mean(dim=-1, keepdim=True).clamp_min(1e-30)
         strength = strength * (now[0] / rows).mean(dim=-1, keepdim=True) * (now[1] / cols).mean(dim=-1, keepdim=True)
-        captured = adam.square().mean(dim=(-2, -1)).unsqueeze(-1)  # of r n values
+        captured = torch.linalg.vector_norm(adam, dim=(-2, -1)).square_().unsqueeze(-1) / (self.rank * self.large)
         most = captured * ((self.small - self.rank) / self.small)
         bound = (most / strength.clamp_min(1e-30)).sqrt_().clamp_max_(1.0)
         return (middle / rows).sqrt_() * bound, cols.rsqrt()
