@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import torch
@@ -177,11 +177,11 @@ class Lift:
                 torch._int_mm(a, b, out=result)
             yield slice(None), slice(None), Product(sums, (along, down))
             return
-        most = max(1, CACHED // cols)
+        count = -(-rows // max(16, CACHED // cols))  # of bands of like size: torch 2.13 misreads the strides of a side of one
         for layer in range(layers):
-            for first in range(0, rows, most):
-                band = slice(first, min(first + most, rows))
-                sums = self._workspace.take(purpose, (1, band.stop - first, cols), torch.int32)
+            for first, last in pairwise(rows * number // count for number in range(count + 1)):
+                band = slice(first, last)
+                sums = self._workspace.take(purpose, (1, last - first, cols), torch.int32)
                 torch._int_mm(one[layer, band], other[layer], out=sums[0])
                 here = slice(layer, layer + 1)
                 yield here, band, Product(sums, (along[here, band], down[here]))

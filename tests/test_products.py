@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mango import products
 from mango.errors import ConfigError
 from mango.optim import Mango
-from mango.products import MOST, ByteMatrices
+from mango.products import MOST, ByteMatrices, Lift
 from mango.subspace import captured_energy, gaussian, half_step, orthonormalize, power_step
 from mango.workspace import Workspace
 
@@ -45,6 +46,23 @@ def test_products_are_within_the_rounding_of_both_operands(
         most = inner * one * other * (2 / 254 + 1 / 254**2)
         assert float((product(x).double() - exact(x)).abs().max()) <= float(most) * 1.001
         assert product(x).dtype == torch.float32
+
+
+@given(m=st.integers(2, 70), n=st.integers(2, 90), k=st.integers(2, 9), turned=st.booleans(), seed=st.integers(0, 1000))
+def test_a_factor_is_lifted_within_the_rounding_of_both_in_bands_as_at_once(m: int, n: int, k: int, turned: bool, seed: int) -> None:
+    basis, factor, part = gaussian((3, m, k), (seed, 0)), gaussian((3, k, n), (seed, 1)), slice(1, 3)
+    exact = basis.double() @ factor.double()
+    lift = Lift(basis, turned, True, Workspace(CPU))
+    ((_, _, at_once),) = lift.products(factor, part, "whole", whole=True)
+    found = at_once.floats()
+    most = k * basis.abs().amax() * factor.abs().amax() * (2 / 254 + 1 / 254**2) * 1.001
+    assert float((found - (exact.mT if turned else exact)[part]).abs().max()) <= most
+    banded = torch.full_like(found, torch.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "CACHED", 1)
+        for layers, rows, product in lift.products(factor, part, "bands", whole=False):
+            banded[layers, rows] = product.floats()
+    assert torch.equal(banded, found)
 
 
 def test_integers_that_fill_the_codes_are_multiplied_exactly() -> None:
