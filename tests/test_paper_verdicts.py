@@ -282,3 +282,17 @@ def test_the_text_on_policies_says_what_the_numbers_say() -> None:
     text = paper_policy.imitation(policy_numbers(expert="oracle", improved__kept="clone", expert__oracle__agreement=0.95))
     assert "cloned from Greedy oracle" in text and "the clone is what is shipped" in text and "turn on the draws" not in text
     assert r"\textbf" in paper_policy.setup(policy_numbers(exceeded=1)) and r"\textbf" not in paper_policy.setup(policy_numbers())
+
+
+def test_experiments_whose_energy_has_one_answer_share_a_sentence() -> None:
+    generated()
+    same = altered("cifar10").numbers
+    reasons = {key: entry["value"] for key, entry in same.values.items() if key.endswith(".energy")}
+    assert len(reasons) > 1
+    assert len(set(reasons.values())) == 1
+    assert paper_claims.energy(same).count("Energy of the runs on") == 1
+    assert " and " in paper_claims.energy(same)
+    same.values["language.energy"]["value"] = "3.1 kJ"
+    apart = paper_claims.energy(same)
+    assert apart.count("Energy of the runs on") == 2
+    assert r"\val{language.energy}" in apart

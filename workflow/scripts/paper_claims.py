@@ -40,7 +40,7 @@ def sentences(
         "theory.summary": theory(records),
         "theory.failures": failures(records),
         "limitations.scale": " ".join(Sentences(numbers, name).scale() for name in present(numbers)),
-        "limitations.energy": " ".join(Sentences(numbers, name).energy() for name in present(numbers)),
+        "limitations.energy": energy(numbers),
         "reproducibility.compute": compute(numbers, records),
     } | paper_plan.sentences(plans, contexts[0])
     for name in EXPERIMENTS:
@@ -50,6 +50,19 @@ def sentences(
         found[f"{name}.cells"] = Sentences(numbers, name).cells() if f"{name}.runs" in numbers else "This tier has no ablation."
     found |= paper_policy.sentences(numbers) | paper_llama.sentences(numbers)
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
+
+
+def energy(numbers: Numbers) -> str:
+    """Of which runs it was measured, or why not: experiments of one answer share a sentence."""
+    found: dict[str, list[str]] = {}
+    for name in present(numbers):
+        found.setdefault(numbers[f"{name}.energy"], []).append(name)
+    answers = []
+    for names in found.values():
+        *others, last = [EXPERIMENTS[name].subject for name in names]
+        runs = f"{', '.join(others)} and {last}" if others else last
+        answers.append(f"Energy of the runs on {runs}: {Sentences(numbers, names[0]).val('energy')}.")
+    return " ".join(answers)
 
 
 # ---------------------------------------------------------------- theory

@@ -236,9 +236,6 @@ class Sentences:
         length = f"{self.val('parameters')} parameters for {self.val('steps')} steps"
         return f"The runs on {self.val('data')} train {length} on {self.val('train')} {unit}."
 
-    def energy(self) -> str:
-        return f"Energy of the runs on {EXPERIMENTS[self.name].subject}: {self.val('energy')}."
-
     def labels(self, variants: list[str]) -> str:
         labels = [self.val(variant, "label") for variant in variants]
         return " and ".join([", ".join(labels[:-1]), labels[-1]] if len(labels) > 1 else labels)
