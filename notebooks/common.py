@@ -6,6 +6,7 @@ A notebook reads ``results/``, draws, and leaves ``*.pdf``, ``*.png`` and ``numb
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -156,6 +157,7 @@ MARK = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h")
 
 def style() -> None:
     """Computer Modern as in the paper, hairline axes, text in the PDF as text."""
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns, at every figure, of the age of Computer Modern
     matplotlib.rcdefaults()
     plt.rcParams.update(
         {

@@ -228,12 +228,12 @@ def tiny_results() -> Path:
 
 @functools.cache
 def executed(name: str) -> Path:
-    """The folder that a notebook leaves on the tiny results; one runs in the repository's root, the others in notebooks/."""
+    """The folder that a notebook leaves on the tiny results; one runs in the repository's root, the others in notebooks/. None may warn."""
     results = tiny_results()
     cwd = ROOT if name == "01_cifar10" else ROOT / "notebooks"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the kernel sees this checkout
-        papermill.execute_notebook(
+        done = papermill.execute_notebook(
             ROOT / "notebooks" / f"{name}.ipynb",
             results.parent / f"{name}.ipynb",
             parameters={"tier": TIER, "results": str(results)},
@@ -241,4 +241,6 @@ def executed(name: str) -> Path:
             cwd=cwd,
             progress_bar=False,
         )
+    told = [output.text for cell in done.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+    assert not told, f"{name} warns: {told}"
     return results / TIER / "figures" / name

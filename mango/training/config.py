@@ -59,7 +59,7 @@ class Variant(Strict):
             for value in values:
                 options = self.options | {"plan": {**self.options.get("plan", {}), field: value}}
                 shown = str(value).lower()
-                update = {"label": f"{self.label or name}, {field} {shown}", "options": options, "grid": {}}
+                update = {"label": f"{self.label or name}, {field.replace('_', ' ')} {shown}", "options": options, "grid": {}}
                 yield f"{name}-{field}-{shown}", plain.model_copy(update=update)
 
 

@@ -48,6 +48,7 @@ def sentences(
         found |= kind(numbers, name).all()
     for name in ABLATIONS:
         found[f"{name}.cells"] = Sentences(numbers, name).cells() if f"{name}.runs" in numbers else "This tier has no ablation."
+        found[f"{name}.caption"] = Sentences(numbers, name).caption() if f"{name}.runs" in numbers else ""
     found |= paper_policy.sentences(numbers) | paper_llama.sentences(numbers)
     return "".join(f"\\mangosentence{{{key}}}{{{text}}}\n" for key, text in found.items())
 
