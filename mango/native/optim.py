@@ -46,8 +46,8 @@ def missed(
     and down (cols,), float32, where those have elements; without rows it stands for zeros.
     rows: (rows,) float32, along each row, written; columns: (bands, cols) float32, down each column of a band, written. Whoever adds the
     bands gets one result for any number of threads; torch's reduction over columns is ten times slower.
-    left: h - product is written there unless it has no rows: as float32, perhaps into h, or, of a product, as the bits of bfloat16,
-    perhaps into the product.
+    left: h - product is written there unless it has no rows: as float32, perhaps into h, or as the bits of bfloat16, perhaps into the
+    product.
     """
     wide = np.empty(TILE, np.int32)
     found = wide.view(np.float32)
@@ -63,7 +63,8 @@ def missed(
                     for j in range(values.size):
                         difference[j] = values[j] - difference[j]
                 else:
-                    difference = values
+                    for j in range(values.size):
+                        difference[j] = values[j]
                 for j in range(values.size):
                     sums[j] += difference[j] * difference[j]
                 total += _sum_of_squares(difference)

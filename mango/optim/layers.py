@@ -43,7 +43,8 @@ def bfloat16_units(device: torch.device) -> bool:
 
 
 def in_bytes(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
-    """Whether H is multiplied as int8, of which a CPU's units take twice as many as of bfloat16. Finding scales pays if compiled."""
+    """Whether factors are lifted from the basis in int8, of which a CPU's units take twice as many as of bfloat16. Finding scales pays if
+    compiled."""
     if device.type != "cpu" or max(shape) > MOST or min(shape) == 1:  # torch 2.13 misreads the strides of a side of one
         return False
     pays = prod(shape) >= HALVES_PAY and torch.cpu._is_vnni_supported() and native.ready(device)
@@ -139,14 +140,14 @@ class LayerStack:
         generator = generators[0]  # also for codecs that draw
         h = self._compensate(grads, hyper, workspace)
         dtype = torch.bfloat16 if self._halves(hyper) else torch.float32  # of the factors
-        a = self._operand(h, dtype, hyper, workspace)  # (layers, m, n)
+        a, sums_of_h = self._operand(h, dtype, hyper, workspace)  # (layers, m, n)
 
         old, mean = self.basis.read(), self.moments.read_first(workspace)  # (layers, m, r), (layers, r, n)
         basis = self._track(a, old, mean, hyper, generators).to(dtype)
         exact = self._project(basis, a)  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
-        integers = isinstance(a, ByteMatrices) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
+        integers = self._lifts_in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
         lift = Lift(as_used if integers else basis, self.rows > self.cols, integers, workspace)
         adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, dtype, workspace)
         found = diagnose(self, torch.stack(list(h)), as_used, exact, u, old, grads, hyper, names) if names else {}
@@ -156,7 +157,7 @@ class LayerStack:
         wanted, scale = self.plan.residual and self.rank < self.small, None
         if wanted and not missed:  # D = H s + P (A - U s), and the norm of H - PU by Pythagoras
             captured = square_sums(exact)[1]
-            total = self._across(a.sums if isinstance(a, ByteMatrices) and a.sums is not None else square_sums(h))
+            total = self._across(sums_of_h if sums_of_h is not None else square_sums(h))
             scale = self._column_scale((total - captured).clamp_min(0.0), captured if u is exact else square_sums(u)[1], adam)
             adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
         each = self.layers if self.error.store is not None else max(1, STACK_VALUES // (self.rows * self.cols))
@@ -198,7 +199,7 @@ class LayerStack:
         if self.error.store is None and not hyper.maximize and all(map(plain, grads)):
             if self.layers == 1:
                 return grads[0].view(shape)
-            if self._bytes(hyper) and native.ready(self.device):  # which takes one at a time
+            if (self._bytes(hyper) or self._halves(hyper)) and native.ready(self.device):  # which are converted one at a time
                 return [grad.view(self.rows, self.cols) for grad in grads]
         sign = -1.0 if hyper.maximize else 1.0
         return self.error.compensate(grads, workspace.take("h", shape), sign, self.plan.error_decay)
@@ -210,18 +211,32 @@ class LayerStack:
         return hyper.matmul == "bfloat16"
 
     def _bytes(self, hyper: Hyper) -> bool:
-        """Whether products with H are taken in int8."""
+        """Whether products with H are taken in int8. Not unless asked for: where a few directions hold nearly all of H, a scale for a row
+        of H drowns the weak ones, which Adam steps as far as the strong."""
+        return hyper.matmul == "int8" and self._lifts_in_bytes(hyper)
+
+    def _lifts_in_bytes(self, hyper: Hyper) -> bool:
         return in_bytes((self.rows, self.cols), self.device, hyper.matmul)
 
-    def _operand(self, h: Tensor | Sequence[Tensor], dtype: torch.dtype, hyper: Hyper, workspace: Workspace) -> Matrix:
-        """H (layers, rows, cols) as it is multiplied, A (layers, m, n)."""
-        turned = self.rows > self.cols
+    def _operand(
+        self, h: Tensor | Sequence[Tensor], dtype: torch.dtype, hyper: Hyper, workspace: Workspace
+    ) -> tuple[Matrix, tuple[Tensor, Tensor] | None]:
+        """H (layers, rows, cols) as it is multiplied, A (layers, m, n); and ``square_sums(h)`` where they are needed and cost nothing."""
+        turned, summed = self.rows > self.cols, self.error.store is None and not self.factored
         if self._bytes(hyper):
-            return ByteMatrices(h, turned, workspace, summed=self.error.store is None and not self.factored)
-        assert isinstance(h, Tensor)
-        shape = tuple(h.shape)
-        low = h if dtype == torch.float32 else workspace.take("low", shape, dtype).copy_(h)
-        return low.mT if turned else low
+            a = ByteMatrices(h, turned, workspace, summed)
+            return a, a.sums
+        sums, low = None, h
+        if dtype != torch.float32:
+            low = workspace.take("low", (self.layers, self.rows, self.cols), dtype)
+            if summed and native.ready(self.device):
+                sums = square_sums(h, left=low)
+            elif isinstance(h, Tensor):
+                low.copy_(h)
+            else:
+                torch._foreach_copy_(list(low), list(h))
+        low = cast(Tensor, low)
+        return low.mT if turned else low, sums
 
     def _project(self, basis: Tensor, a: Matrix) -> Tensor:
         """PᵀA (layers, r, n) float32; of a tall matrix, products in the other order are a seventh faster."""
@@ -331,7 +346,7 @@ class LayerStack:
 
     def certified(self, hyper: Hyper) -> float:
         """``contraction``, or 0 when products are taken in bfloat16 or int8: rounding them errs by 2^-9 ‖H‖ and more, its own order."""
-        return 0.0 if self._halves(hyper) or self._bytes(hyper) else self.contraction()
+        return 0.0 if self._halves(hyper) or self._lifts_in_bytes(hyper) else self.contraction()
 
     def contraction(self) -> float:
         """T3 and T4: that which H -> P q(PᵀH) has for every H, in expectation over the scouts, with float32 products."""

@@ -124,12 +124,12 @@ class Stacks:
 
 
 def _most_values(item: Item) -> int:
-    """Of a stack. Where gradients are read as they lie, only their int8 codes are held together, a quarter of the float32 workspace."""
+    """Of a stack. Where gradients are read as they lie, only their bfloat16 copies are held together, half of the float32 workspace."""
     group, plan = item.place.group, item.place.plan
     assert plan is not None
     borrowed = plan.error == "none" and not group["maximize"] and item.param.dtype == torch.float32
     small = borrowed and in_bytes(matrix_shape(item.param.shape), item.param.device, group["matmul"])
-    return 4 * STACK_VALUES if small else STACK_VALUES
+    return 2 * STACK_VALUES if small else STACK_VALUES
 
 
 def as_matrices(tensor: Tensor) -> list[Tensor]:
