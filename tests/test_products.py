@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mango import products
 from mango.errors import ConfigError
-from mango.optim import Mango
+from mango.optim import LayerPlan, Mango
+from mango.optim.layers import Hyper, LayerStack
 from mango.products import MOST, ByteMatrices, Lift
 from mango.subspace import captured_energy, gaussian, half_step, orthonormalize, power_step
 from mango.workspace import Workspace
@@ -144,3 +145,20 @@ def test_sums_fit_their_integers() -> None:
 def test_an_unknown_arithmetic_is_refused() -> None:
     with pytest.raises(ConfigError, match="int4"):
         Mango([torch.nn.Parameter(torch.zeros(8, 8))], matmul="int4")
+
+
+def test_weak_directions_survive_the_default_arithmetic() -> None:
+    """Of a gradient whose strong directions hold nearly all of it; products in bytes are not the default because they do not."""
+    loud = gaussian((1024,), (3,)).mul(1.5).exp()  # a few columns stand out, as of a layer behind relu²
+    left, _, right = torch.linalg.svd(gaussian((512, 8), (1,)) @ (gaussian((8, 1024), (2,)) * loud), full_matrices=False)
+    h = ((left[:, :8] * 10.0 ** (-torch.arange(8.0) / 4)) @ right[:8]).unsqueeze(0)
+    stack, basis = LayerStack(LayerPlan(rank=8, error="none"), (512, 1024), 1, CPU, "w"), left[:, :8].unsqueeze(0)
+    worst = {}
+    for matmul in ("auto", "int8"):
+        hyper = Hyper(1e-3, (0.9, 0.999), 1e-8, 0.0, False, 1, [(0,)], matmul)
+        used = basis.bfloat16()
+        found = stack._project(used, stack._operand(h, torch.bfloat16, hyper, Workspace(CPU))[0])
+        exact = used.float().mT @ h
+        worst[matmul] = float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
+    assert worst["auto"] < 0.02
+    assert worst["int8"] > 0.1
