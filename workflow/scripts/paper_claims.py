@@ -61,7 +61,7 @@ def energy(numbers: Numbers) -> str:
     answers = []
     for names in found.values():
         *others, last = [EXPERIMENTS[name].subject for name in names]
-        runs = f"{', '.join(others)} and {last}" if others else last
+        runs = f"{'; '.join(others)}; and {last}" if others else last  # some have commas
         answers.append(f"Energy of the runs on {runs}: {Sentences(numbers, names[0]).val('energy')}.")
     return " ".join(answers)
 
