@@ -42,6 +42,13 @@ def bfloat16_units(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def in_halves(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
+    """Whether products of factors are taken in bfloat16, and those with H if not in int8."""
+    if matmul in ("auto", "int8"):
+        return prod(shape) >= HALVES_PAY and bfloat16_units(device)
+    return matmul == "bfloat16"
+
+
 def in_bytes(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
     """Whether factors are lifted from the basis in int8, of which a CPU's units take twice as many as of bfloat16. Finding scales pays if
     compiled."""
@@ -205,10 +212,7 @@ class LayerStack:
         return self.error.compensate(grads, workspace.take("h", shape), sign, self.plan.error_decay)
 
     def _halves(self, hyper: Hyper) -> bool:
-        """Whether products of factors are taken in bfloat16, and those with H if not in int8."""
-        if hyper.matmul in ("auto", "int8"):
-            return self.rows * self.cols >= HALVES_PAY and bfloat16_units(self.device)
-        return hyper.matmul == "bfloat16"
+        return in_halves((self.rows, self.cols), self.device, hyper.matmul)
 
     def _bytes(self, hyper: Hyper) -> bool:
         """Whether products with H are taken in int8. Not unless asked for: where a few directions hold nearly all of H, a scale for a row

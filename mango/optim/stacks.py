@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mango import native
 from mango.optim.adamw import step_group
-from mango.optim.layers import STACK_VALUES, Hyper, LayerStack, in_bytes
+from mango.optim.layers import STACK_VALUES, Hyper, LayerStack, in_halves
 from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
 from mango.workspace import Workspace
 
@@ -128,7 +129,7 @@ def _most_values(item: Item) -> int:
     group, plan = item.place.group, item.place.plan
     assert plan is not None
     borrowed = plan.error == "none" and not group["maximize"] and item.param.dtype == torch.float32
-    small = borrowed and in_bytes(matrix_shape(item.param.shape), item.param.device, group["matmul"])
+    small = borrowed and native.ready(item.param.device) and in_halves(matrix_shape(item.param.shape), item.param.device, group["matmul"])
     return 2 * STACK_VALUES if small else STACK_VALUES
 
 
