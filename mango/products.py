@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -54,25 +54,50 @@ class Product(NamedTuple):
             return out.copy_(self.values).mul_(self.scales[0].unsqueeze(-1)).mul_(self.scales[1].unsqueeze(-2))
         from mango.native import optim
 
-        for (sums, _, *scales), result in zip(self.split(), out, strict=True):
+        for (sums, *scales), result in zip(self.split(), out, strict=True):
             run(optim.scaled, *sums.shape, sums, *scales, result)
         return out
 
-    def split(self) -> Iterator[tuple[Tensor, int, Tensor, Tensor]]:
-        """Of each layer what a compiled loop reads: bits, shift and scales, without elements where there are none."""
-        bits, shift = native.float_bits(self.values)
+    def split(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each layer what a compiled loop reads: bits and scales, without elements where there are none."""
+        bits = native.float_bits(self.values)
         nothing = torch.empty(len(bits), 0)
         along, down = (nothing, nothing) if self.scales is None else self.scales
-        return zip(bits, repeat(shift), along, down)
+        return zip(bits, along, down, strict=True)
 
 
-def square_sums(x: Tensor | Sequence[Tensor], minus: Product | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class FourBits(NamedTuple):
+    """Where rows of blocks are stored by a codec of sixteen levels (mango.codecs.fourbit).
+
+    Attributes:
+        codes: (layers, rows, cols / 2) uint8.
+        scales: (layers, rows, cols / block) float32.
+        block: values that share a scale; it divides cols, and ``mango.native.optim.TILE``.
+        thresholds: between levels, (15,).
+        order: the codes of the levels, ascending, (16,).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    block: int
+    thresholds: Tensor
+    order: Tensor
+
+    def band(self, layers: slice, rows: slice) -> FourBits:
+        return self._replace(codes=self.codes[layers, rows], scales=self.scales[layers, rows])
+
+
+def square_sums(
+    x: Tensor | Sequence[Tensor], minus: Product | None = None, left: Tensor | None = None, coded: FourBits | None = None
+) -> tuple[Tensor, Tensor]:
     """Sums of the squares of x - minus along each row, (layers, rows), and down each column, (layers, cols).
 
-    x: (layers, rows, cols) float32, perhaps one by one; minus: the same, or None for zeros; left: where x - minus is written, if it is
-    given, contiguous, in float32 or bfloat16, perhaps into x or the floats of minus.
+    x: (layers, rows, cols) float32 or bfloat16, perhaps one by one; minus: the same, or None for zeros; left: where x - minus is written,
+    if it is given, contiguous, in float32 or bfloat16, perhaps into x or the floats of minus; coded: where it is stored besides, by the
+    compiled loops alone.
     """
     if not native.ready(x[0].device):
+        assert coded is None
         x = x if isinstance(x, Tensor) else torch.stack(list(x))
         if minus is not None:
             x = torch.sub(x, minus.floats(), out=left if left is not None and left.dtype == torch.float32 else None)
@@ -86,9 +111,12 @@ def square_sums(x: Tensor | Sequence[Tensor], minus: Product | None = None, left
     along, down = torch.empty(layers, rows), torch.empty(layers, bands, cols)
     nothing = torch.empty(layers, 0, cols)
     others = (Product(nothing) if minus is None else minus).split()
-    into = nothing if left is None else left if left.dtype == torch.float32 else left.view(torch.int16)
-    for values, other, by_row, by_band, out in zip(x, others, along, down, into, strict=True):
-        run(optim.missed, bands, optim.BAND * cols, values.contiguous(), *other, by_row, by_band, out)
+    into = native.float_bits(nothing if left is None else left)
+    if coded is None:
+        coded = FourBits(nothing.byte(), nothing, 64, nothing[0].view(-1), nothing[0].view(-1).byte())
+    for values, other, by_row, by_band, out, codes, scales in zip(x, others, along, down, into, coded.codes, coded.scales, strict=True):
+        written = (by_row, by_band, out, coded.block, codes, scales, coded.thresholds, coded.order)
+        run(optim.missed, bands, optim.BAND * cols, native.float_bits(values.contiguous()), *other, *written)
     return along, down.sum(dim=1)
 
 

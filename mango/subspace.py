@@ -176,7 +176,7 @@ def power_step(
         return _forward(g, g.left(q.mT).mT)
     if isinstance(g, Tensor):
         g = g if g.dtype == torch.bfloat16 else g.to(q.dtype)
-        return _forward(g, matmul(g.mT, q.to(g.dtype)).to(q.dtype))
+        return _forward(g, matmul(g.mT, q.to(g.dtype)))
     y = g(q).to(q.dtype)  # (…, dim, k)
     rayleigh = (q * y).sum(dim=-2).clamp_min(torch.finfo(q.dtype).tiny)  # (…, k) ‖Gᵀq‖²
     new, added = _orthonormalize(y)
@@ -188,10 +188,16 @@ def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor]:
 
     With Z = GᵀQ the square is the ratio of successive moments, ‖GGᵀq‖² / ‖Gᵀq‖².
     """
-    norm = torch.linalg.vector_norm(z, dim=-2).clamp_min(
-        torch.finfo(z.dtype).tiny
-    )  # divided by first: a small gradient's square underflows
-    y = matmul(g, (z / norm.unsqueeze(-2)).to(g.dtype)) if isinstance(g, Tensor) else g.right(z.mT, norm).mT
+    exact = torch.float64 if z.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(z, dim=-2, dtype=exact).clamp_min(torch.finfo(exact).tiny)
+    if not isinstance(g, Tensor):
+        y = g.right(z.mT, norm).mT
+    elif g.dtype == torch.bfloat16:
+        # a power of two changes no digit, and a small gradient's square would underflow
+        scale = torch.exp2(-norm.amax(dim=-1, keepdim=True).log2().floor())  # (…, 1)
+        y = matmul(g, z.to(g.dtype) * scale.unsqueeze(-1).to(g.dtype)) / (norm * scale).unsqueeze(-2)
+    else:
+        y = matmul(g, (z / norm.unsqueeze(-2)).to(g.dtype))
     new, added = _orthonormalize(y, rough=not isinstance(g, Tensor) or g.dtype == torch.bfloat16)
     return _sorted(new, added.square())
 

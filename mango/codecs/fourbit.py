@@ -141,7 +141,7 @@ class FourBit(AbsmaxCodec):
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device, compiled is not None):
             if compiled is not None:
                 x, into = flat[lo:hi].to(torch.float32), codes[lo // 2 : (hi + 1) // 2]
-                arrays = (x, scales[first:last], self.block, *_midpoints(self.levels), into)
+                arrays = (x, scales[first:last], self.block, *self.thresholds(), into)
                 run(compiled.encode_nibbles, last - first, self.block, *arrays)
                 continue
             x = flat[lo:hi].to(torch.float32).view(-1, width)
@@ -168,6 +168,10 @@ class FourBit(AbsmaxCodec):
 
     def _decode_loop(self, compiled: ModuleType) -> Callable[..., None]:
         return compiled.decode_nibbles
+
+    def thresholds(self) -> tuple[Tensor, Tensor]:
+        """What the compiled loops compare with: see ``_midpoints``."""
+        return _midpoints(self.levels)
 
     def table(self) -> Tensor:
         return _pair_table(self.levels, torch.device("cpu"))

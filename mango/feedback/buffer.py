@@ -8,7 +8,7 @@ of gradients, and no longer everything that was never sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from mango import native
 from mango.codecs.fourbit import FourBit
 from mango.errors import ConfigError
 from mango.native.threads import run
+from mango.products import FourBits
 from mango.stacked import Stacked
 
 KINDS = ("none", "gradient", "codec")
@@ -42,7 +43,7 @@ class ErrorBuffer:
         self.store = None if kind == "none" else Stacked("fp32" if kind == "gradient" else codec, layers, shape, device)
 
     def compensate(self, gradients: Sequence[Tensor], out: Tensor, sign: float = 1.0, decay: float = 1.0) -> Tensor:
-        """H = sign * G + decay * E, written into ``out``: (layers, *shape) float32, contiguous.
+        """H = sign * G + decay * E, written into ``out``: (layers, *shape) contiguous, float32, or bfloat16 where there is ``coded``.
 
         A gradient may have any shape of the same size.
         """
@@ -50,30 +51,43 @@ class ErrorBuffer:
         if self.store is None:
             torch._foreach_copy_(rows, list(gradients))
             return out if sign == 1.0 else out.mul_(sign)
-        loop = self._loop()
-        if loop is not None and all(gradient.dtype == torch.float32 and gradient.is_contiguous() for gradient in gradients):
-            codec, stored = self.store.codec, self.store.parts()
-            for row, gradient, codes, scales in zip(rows, gradients, stored["codes"], stored["scales"], strict=True):
+        codec = self._compiled()
+        if codec is not None and all(gradient.dtype == torch.float32 and gradient.is_contiguous() for gradient in gradients):
+            from mango.native import optim
+
+            stored, bits = self.store.parts(), native.float_bits(out)
+            for row, gradient, codes, scales in zip(bits, gradients, stored["codes"], stored["scales"], strict=True):
                 into = (gradient.detach().view(-1), sign, row.view(-1), decay)
-                run(loop, self.store.numel // codec.block, codec.block, codes, scales, codec.block, codec.table(), *into)
+                run(optim.compensate, self.store.numel // codec.block, codec.block, codes, scales, codec.block, codec.table(), *into)
             return out
-        self.store.read(out)
+        high = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
+        self.store.read(high)
         if decay != 1.0:
-            out.mul_(decay)
-        torch._foreach_add_(rows, list(gradients), alpha=sign)
-        return out
+            high.mul_(decay)
+        sums = [row.view(gradient.shape) for row, gradient in zip(high.unbind(0), gradients, strict=True)]
+        torch._foreach_add_(sums, list(gradients), alpha=sign)
+        return out if high is out else out.copy_(high)
+
+    def coded(self) -> FourBits | None:
+        """The stored error (layers, rows, cols), if the loop that finds an error can store it as well: four-bit codes in whole blocks along
+        the rows, on the CPU."""
+        codec = self._compiled()
+        if self.store is None or codec is None or codec.stochastic:
+            return None
+        from mango.native.optim import TILE
+
+        if self.store.shape[-1] % codec.block or TILE % codec.block:
+            return None
+        parts, shape = self.store.parts(), (self.store.layers, *self.store.shape[:-1], -1)
+        return FourBits(parts["codes"].view(shape), parts["scales"].view(shape), codec.block, *codec.thresholds())
 
     def keep(self, error: Tensor, *, generator: torch.Generator | None = None, name: str = "error") -> None:
         """Store E = H - C(H), (layers, *shape)."""
         if self.store is not None:
             self.store.write(error, generator=generator, name=name)
 
-    def _loop(self) -> Callable[..., None] | None:
-        """The compiled loop that decodes and adds in one pass, for four-bit codes in whole blocks on the CPU."""
+    def _compiled(self) -> FourBit | None:
+        """The codec whose codes compiled loops read: of four bits, in whole blocks on the CPU."""
         if self.store is None or self.store.padding or not isinstance(self.store.codec, FourBit) or self.store.codec.double_quant:
             return None
-        if not native.ready(self.store.packed.device):
-            return None
-        from mango.native import optim
-
-        return optim.compensate
+        return self.store.codec if native.ready(self.store.packed.device) else None

@@ -22,9 +22,9 @@ def ready(device: torch.device) -> bool:
     return device.type == "cpu" and _installed()
 
 
-def float_bits(x: Tensor) -> tuple[Tensor, int]:
-    """x in float32 or bfloat16 as integers for a compiled loop, and by how much they are to be shifted to be the bits of float32."""
-    return (x.view(torch.int16), 16) if x.dtype == torch.bfloat16 else (x.view(torch.int32), 0)
+def float_bits(x: Tensor) -> Tensor:
+    """x in float32 or bfloat16 as integers for a compiled loop: int32, or int16, the upper half of the bits of a float32."""
+    return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
 
 
 @cache

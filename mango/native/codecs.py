@@ -71,12 +71,6 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
     order: (16,) uint8, the code of each interval between them; codes: (ceil(n / 2),) uint8, written.
     """
     unit, found = np.empty(block, np.float32), np.empty(block, np.uint8)
-    halves = found.view(np.uint16)  # the two codes of a byte
-    t0, t1, t2, t3, t4, t5, t6, t7 = thresholds[:8]
-    t8, t9, t10, t11, t12, t13, t14 = thresholds[8:]
-    sorted_codes = True
-    for place in range(16):
-        sorted_codes = sorted_codes and order[place] == place
     for b in range(first, last):
         values, pairs = x[b * block : (b + 1) * block], codes[b * block // 2 : ((b + 1) * block) // 2]
         scale = max(scales[b], TINY)
@@ -88,22 +82,33 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
             for i in range(values.size):
                 unit[i] = values[i] / scale
             unit[values.size :] = ZERO  # the value that fills the last byte
-        for i in range(block):  # binary search in four rounds of selections, which vectorise where branches would not
-            v = unit[i]
-            c8 = v > t7
-            c4 = v > (t11 if c8 else t3)
-            low, high = t5 if c4 else t1, t13 if c4 else t9
-            c2 = v > (high if c8 else low)
-            e0, e4, e8, e12 = t2 if c2 else t0, t6 if c2 else t4, t10 if c2 else t8, t14 if c2 else t12
-            low, high = e4 if c4 else e0, e12 if c4 else e8
-            c1 = v > (high if c8 else low)
-            code = (EIGHT if c8 else NONE) | (FOUR if c4 else NONE)
-            found[i] = np.uint8(code | (TWO if c2 else NONE) | (UNIT if c1 else NONE))
-        if not sorted_codes:
-            for i in range(block):
+        nearest(unit, thresholds, order, found, pairs)
+
+
+@compiled
+def nearest(unit: Array, thresholds: Array, order: Array, found: Array, pairs: Array) -> None:
+    """The codes of ``encode_nibbles``. unit: (n,) float32; found: uint8, for as many codes; pairs: (n / 2,) uint8 or less, written."""
+    halves = found.view(np.uint16)  # the two codes of a byte
+    t0, t1, t2, t3, t4, t5, t6, t7 = thresholds[:8]
+    t8, t9, t10, t11, t12, t13, t14 = thresholds[8:]
+    for i in range(unit.size):  # binary search in four rounds of selections, which vectorise where branches would not
+        v = unit[i]
+        c8 = v > t7
+        c4 = v > (t11 if c8 else t3)
+        low, high = t5 if c4 else t1, t13 if c4 else t9
+        c2 = v > (high if c8 else low)
+        e0, e4, e8, e12 = t2 if c2 else t0, t6 if c2 else t4, t10 if c2 else t8, t14 if c2 else t12
+        low, high = e4 if c4 else e0, e12 if c4 else e8
+        c1 = v > (high if c8 else low)
+        code = (EIGHT if c8 else NONE) | (FOUR if c4 else NONE)
+        found[i] = np.uint8(code | (TWO if c2 else NONE) | (UNIT if c1 else NONE))
+    for place in range(16):
+        if order[place] != place:
+            for i in range(unit.size):
                 found[i] = order[found[i]]
-        for k in range(pairs.size):
-            pairs[k] = np.uint8(np.uint16(halves[k] << np.uint16(4)) | np.uint16(halves[k] >> np.uint16(8)))
+            break
+    for k in range(pairs.size):
+        pairs[k] = np.uint8(np.uint16(halves[k] << np.uint16(4)) | np.uint16(halves[k] >> np.uint16(8)))
 
 
 @compiled

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mango.native.codecs import MAGNITUDE, NONE, ONE, TINY, UNIT, ZERO
+from mango.native.codecs import MAGNITUDE, NONE, ONE, TINY, UNIT, ZERO, nearest
 from mango.native.jit import compiled, summing
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -23,92 +23,131 @@ TILE = 512  # columns of a row that are worked on together: a few of them fit th
 def compensate(
     first: int, last: int, codes: Array, scales: Array, block: int, pairs: Array, g: Array, sign: float, out: Array, decay: float
 ) -> None:
-    """out = decay * decode(codes) + sign * g, blocks ``first`` to ``last``. g, out: (n,) float32, whole blocks; see ``decode_nibbles``."""
-    wide = np.empty(block // 2, np.float64)
-    level = wide.view(np.float32)
+    """out = decay * decode(codes) + sign * g, blocks ``first`` to ``last``; see ``decode_nibbles``.
+
+    g: (n,) float32, whole blocks; out: (n,), float32 as int32, or int16 for the upper halves, rounded to bfloat16.
+    """
+    wide, bits = np.empty(block // 2, np.float64), np.empty(block, np.int32)
+    level, sums = wide.view(np.float32), bits.view(np.float32)
     for b in range(first, last):
         begin, end = b * block, (b + 1) * block
-        found, values, grads = codes[begin // 2 : end // 2], out[begin:end], g[begin:end]
+        found, grads = codes[begin // 2 : end // 2], g[begin:end]
         scale = scales[b] if scales[b] > TINY else ZERO
         for k in range(found.size):
             wide[k] = pairs[found[k]]
-        for i in range(values.size):
-            values[i] = level[i] * scale * decay + sign * grads[i]
+        for i in range(sums.size):
+            sums[i] = level[i] * scale * decay + sign * grads[i]
+        _store(bits, out[begin:end])
 
 
 @compiled
 def missed(
-    first: int, last: int, h: Array, product: Array, shift: int, along: Array, down: Array, rows: Array, columns: Array, left: Array
+    first: int,
+    last: int,
+    h: Array,
+    product: Array,
+    along: Array,
+    down: Array,
+    rows: Array,
+    columns: Array,
+    left: Array,
+    block: int,
+    codes: Array,
+    scales: Array,
+    thresholds: Array,
+    order: Array,
 ) -> None:
     """Sums of the squares of h - product (rows, cols), bands ``first`` to ``last`` of BAND rows.
 
-    product: the bits of bfloat16 as int16 with ``shift`` 16, or of float32 as int32 with 0; or int32 that is multiplied by along (rows,)
-    and down (cols,), float32, where those have elements; without rows it stands for zeros.
+    h: float32 as int32, or the bits of bfloat16 as int16.
+    product: the same; or int32 that is multiplied by along (rows,) and down (cols,), float32, where those have elements; without rows it
+    stands for zeros.
     rows: (rows,) float32, along each row, written; columns: (bands, cols) float32, down each column of a band, written. Whoever adds the
     bands gets one result for any number of threads; torch's reduction over columns is ten times slower.
-    left: h - product is written there unless it has no rows: as float32, perhaps into h, or as the bits of bfloat16, perhaps into the
-    product.
+    left: h - product is written there as bits like h's, perhaps into h or the product, unless it has no rows.
+    codes, scales: (rows, cols / 2) uint8 and (rows, cols / block) float32: h - product in four bits, unless they have no rows; thresholds
+    and order are those of ``encode_nibbles``.
     """
-    wide = np.empty(TILE, np.int32)
-    found = wide.view(np.float32)
+    wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    difference, minus = wide.view(np.float32), other.view(np.float32)
+    unit, found = np.empty(TILE, np.float32), np.empty(TILE, np.uint8)
     for band in range(first, last):
         columns[band] = ZERO
         for i in range(band * BAND, min((band + 1) * BAND, h.shape[0])):
             total = ZERO
             for begin in range(0, h.shape[1], TILE):
                 end = min(begin + TILE, h.shape[1])
-                values, sums, difference = h[i, begin:end], columns[band, begin:end], found[: end - begin]
+                sums, values = columns[band, begin:end], difference[: end - begin]
+                _widen(h[i, begin:end], wide)
                 if product.shape[0]:
-                    _floats(product[i, begin:end], shift, along, i, down[begin:end], wide, found)
+                    _floats(product[i, begin:end], along, i, down[begin:end], other, minus)
                     for j in range(values.size):
-                        difference[j] = values[j] - difference[j]
-                else:
-                    for j in range(values.size):
-                        difference[j] = values[j]
+                        values[j] -= minus[j]
                 for j in range(values.size):
-                    sums[j] += difference[j] * difference[j]
-                total += _sum_of_squares(difference)
+                    sums[j] += values[j] * values[j]
+                total += _sum_of_squares(values)
                 if left.shape[0]:
-                    out = left[i, begin:end]
-                    if left.itemsize == 2:
-                        _narrow(wide[: end - begin], out)
-                    else:
-                        for j in range(values.size):
-                            out[j] = difference[j]
+                    _store(wide, left[i, begin:end])
+                if codes.shape[0]:
+                    peaks = scales[i, begin // block : end // block]
+                    _encode(wide[: end - begin], values, peaks, block, unit[: end - begin])
+                    nearest(unit[: end - begin], thresholds, order, found, codes[i, begin // 2 : end // 2])
             rows[i] = total
 
 
 @compiled
-def _widen(bits: Array, shift: int, wide: Array) -> None:
-    """The bits of float32, as int32: of bfloat16 they are the upper half."""
-    places = np.int32(shift)
-    for j in range(bits.size):
-        wide[j] = np.int32(bits[j]) << places
+def _encode(bits: Array, values: Array, scales: Array, block: int, unit: Array) -> None:
+    """The largest magnitude of each block, and the values divided by it, as in ``encode_nibbles``. bits: the values as int32."""
+    for b in range(scales.size):
+        begin, end = b * block, (b + 1) * block
+        magnitudes, whole, parts = bits[begin:end], values[begin:end], unit[begin:end]
+        most = np.int32(0)
+        for j in range(magnitudes.size):
+            most = max(most, np.int32(magnitudes[j] & MAGNITUDE))
+        scales[b : b + 1].view(np.int32)[0] = most
+        inverse = ONE / max(scales[b], TINY)
+        for j in range(parts.size):
+            parts[j] = whole[j] * inverse
+
+
+@compiled
+def _store(wide: Array, out: Array) -> None:
+    """The bits of finite float32 as they are, or of the nearest bfloat16, ties to even, where out is int16."""
+    if out.itemsize == 2:
+        for j in range(out.size):
+            out[j] = np.int16(np.int32(wide[j] + np.int32(ROUND + ((wide[j] >> HALF) & UNIT))) >> HALF)
+    else:
+        for j in range(out.size):
+            out[j] = wide[j]
+
+
+@compiled
+def _widen(bits: Array, wide: Array) -> None:
+    """The bits of float32, as int32: of bfloat16, int16, they are the upper half."""
+    if bits.itemsize == 2:
+        for j in range(bits.size):
+            wide[j] = np.int32(bits[j]) << HALF
+    else:
+        for j in range(bits.size):
+            wide[j] = bits[j]
 
 
 @compiled
 def scaled(first: int, last: int, sums: Array, along: Array, down: Array, out: Array) -> None:
     """out (rows, cols) float32 = sums along down, int32, (rows,) and (cols,) float32, rows ``first`` to ``last``."""
     for i in range(first, last):
-        _floats(sums[i], 0, along, i, down, sums[i], out[i])
+        _floats(sums[i], along, i, down, sums[i], out[i])
 
 
 @compiled
-def _floats(bits: Array, shift: int, along: Array, row: int, down: Array, wide: Array, values: Array) -> None:
+def _floats(bits: Array, along: Array, row: int, down: Array, wide: Array, values: Array) -> None:
     """Part of a row of the product of ``missed`` as float32: wide, int32, and values are one memory."""
     if down.size:
         scale = along[row]
         for j in range(bits.size):
             values[j] = np.float32(bits[j]) * scale * down[j]
     else:
-        _widen(bits, shift, wide)
-
-
-@compiled
-def _narrow(wide: Array, bits: Array) -> None:
-    """The bits of bfloat16 nearest to those of finite float32, ties to even."""
-    for j in range(bits.size):
-        bits[j] = np.int16((wide[j] + ROUND + ((wide[j] >> HALF) & UNIT)) >> HALF)
+        _widen(bits, wide)
 
 
 @summing
@@ -177,9 +216,7 @@ def apply(
     last: int,
     w: Array,
     left: Array,
-    left_shift: int,
     plus: Array,
-    shift: int,
     along: Array,
     down: Array,
     by_row: Array,
@@ -202,8 +239,8 @@ def apply(
         for begin in range(0, w.shape[1], TILE):
             end = min(begin + TILE, w.shape[1])
             weights, scales, slope = w[i, begin:end], by_column[begin:end], g[i, begin:end]
-            _widen(left[i, begin:end], left_shift, wide)
-            _floats(plus[i, begin:end], shift, along, i, down[begin:end], other, added)
+            _widen(left[i, begin:end], wide)
+            _floats(plus[i, begin:end], along, i, down[begin:end], other, added)
             for j in range(weights.size):
                 x = values[j] * scale * scales[j] + added[j]
                 up = slope[j] * sign
@@ -217,7 +254,6 @@ def moments(
     last: int,
     m: Array,
     v: Array,
-    shift: int,
     u: Array,
     new: Array,
     beta1: float,
@@ -243,8 +279,8 @@ def moments(
         c1, c2 = (ONE - beta1) + new[i] * old1, (ONE - beta2) + new[i] * old2
         for begin in range(0, u.shape[1], TILE):
             end = min(begin + TILE, u.shape[1])
-            _widen(m[i, begin:end], shift, wide)
-            _widen(v[i, begin:end], shift, other)
+            _widen(m[i, begin:end], wide)
+            _widen(v[i, begin:end], other)
             values, found, first_moment, root_moment = u[i, begin:end], adam[i, begin:end], mean[i, begin:end], root[i, begin:end]
             for j in range(values.size):
                 first_moment[j] = beta1 * one[j] + c1 * values[j]

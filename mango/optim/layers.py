@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mango import codecs, native
-from mango.errors import ConfigError
+from mango.codecs.base import all_finite
+from mango.errors import ConfigError, NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.native.threads import run
 from mango.optim.diagnose import diagnose
@@ -157,7 +158,7 @@ class LayerStack:
         integers = self._lifts_in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
         lift = Lift(as_used if integers else basis, self.rows > self.cols, integers, workspace)
         adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, dtype, workspace)
-        found = diagnose(self, torch.stack(list(h)), as_used, exact, u, old, grads, hyper, names) if names else {}
+        found = diagnose(self, torch.stack(list(h)).float(), as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
         missed = self.error.store is not None or self.factored  # whether H - PU is needed
@@ -174,8 +175,7 @@ class LayerStack:
             left, along = h[part], adam[part]
             scales = None if scale is None else (scale[0][part], scale[1][part])
             if missed:
-                left, sums = self._missed(left, lift.products(u, part, "product", whole), workspace)
-                self.error.keep(left, generator=generator)
+                left, sums = self._missed(left, lift.products(u, part, "product", whole), workspace, generator)
                 if self.factored:
                     scales = self._factored_scale(sums, along, hyper, part)
                 elif wanted:
@@ -187,29 +187,45 @@ class LayerStack:
         return found
 
     def _missed(
-        self, h: Tensor | Sequence[Tensor], products: Iterator[tuple[slice, slice, Product]], workspace: Workspace
+        self,
+        h: Tensor | Sequence[Tensor],
+        products: Iterator[tuple[slice, slice, Product]],
+        workspace: Workspace,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """H - PU (layers, rows, cols), in the place of H where it is to be kept; and the sums of its squares, as of ``square_sums``."""
+        """H - PU (layers, rows, cols), in the place of H where it is to be kept, and kept; and the sums of its squares, as of
+        ``square_sums``."""
         shape = (len(h), self.rows, self.cols)
         rest = cast(Tensor, h) if self.error.store is not None else None
+        coded = self.error.coded()
         along, down = torch.empty(shape[:2], device=self.device), torch.zeros(shape[0], self.cols, device=self.device)
         for here, rows, product in products:
             if rest is None:  # what is not kept need not be more precise than PU
                 rest = product.values if product.scales is None else workspace.take("rest", shape, torch.bfloat16)
-            along[here, rows], sums = square_sums(_band(h, here, rows), product, rest[here, rows])
+            into = None if coded is None else coded.band(here, rows)
+            along[here, rows], sums = square_sums(_band(h, here, rows), product, rest[here, rows], into)
             down[here] += sums
-        return cast(Tensor, rest), (along, down)
+        rest = cast(Tensor, rest)
+        if coded is None:
+            self.error.keep(rest, generator=generator)
+        elif not all_finite(coded.scales.view(-1)):
+            raise NonFinite("the error holds NaN, infinity or a value beyond float32")
+        return rest, (along, down)
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor | Sequence[Tensor]:
-        """H = G + b E (layers, rows, cols) float32; the gradients themselves where they need neither error, nor sign or conversion."""
-        shape = (self.layers, self.rows, self.cols)
-        if self.error.store is None and not hyper.maximize and all(map(plain, grads)):
+        """H = G + b E (layers, rows, cols); the gradients themselves where they need neither error, nor sign or conversion.
+
+        In float32; but in bfloat16 where it is multiplied so and what is kept of it is coarser by far, of four bits.
+        """
+        shape, usual = (self.layers, self.rows, self.cols), all(map(plain, grads))
+        if self.error.store is None and not hyper.maximize and usual:
             if self.layers == 1:
                 return grads[0].view(shape)
             if (self._bytes(hyper) or self._halves(hyper)) and native.ready(self.device):  # which are converted one at a time
                 return [grad.view(self.rows, self.cols) for grad in grads]
-        sign = -1.0 if hyper.maximize else 1.0
-        return self.error.compensate(grads, workspace.take("h", shape), sign, self.plan.error_decay)
+        rough = usual and self._halves(hyper) and not self._bytes(hyper) and self.error.coded() is not None
+        h = workspace.take("h", shape, torch.bfloat16 if rough else torch.float32)
+        return self.error.compensate(grads, h, -1.0 if hyper.maximize else 1.0, self.plan.error_decay)
 
     def _halves(self, hyper: Hyper) -> bool:
         return in_halves((self.rows, self.cols), self.device, hyper.matmul)
@@ -231,7 +247,7 @@ class LayerStack:
             a = ByteMatrices(h, turned, workspace, summed)
             return a, a.sums
         sums, low = None, h
-        if dtype != torch.float32:
+        if h[0].dtype != dtype:
             low = workspace.take("low", (self.layers, self.rows, self.cols), dtype)
             if summed and native.ready(self.device):
                 sums = square_sums(h, left=low)
@@ -289,7 +305,7 @@ class LayerStack:
                 numbers = (sign, decay, 1.0 + caution, 1.0 - caution)
                 for param, grad, a, plus, along, down in zip(params, grads, left, step.split(), by_row, by_column, strict=True):
                     weights, g = (tensor.detach().view(self.rows, self.cols)[rows] for tensor in (param, grad))
-                    run(optim.apply, len(weights), self.cols, weights, *native.float_bits(a), *plus, along, down, g, *numbers)
+                    run(optim.apply, len(weights), self.cols, weights, native.float_bits(a), *plus, along, down, g, *numbers)
                 return
             left = left if isinstance(left, Tensor) else torch.stack(list(left))
             scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))

@@ -81,8 +81,8 @@ class Moments:
         from mango.native import optim
 
         layers, rank, large = self.shape
-        (m, shift), (v, _) = (native.float_bits(moment.view(-1, large)) for moment in turned)
+        m, v = (native.float_bits(moment.view(-1, large)) for moment in turned)
         factors = (u.contiguous().view(-1, large), new.reshape(-1))
         numbers = map(float, (*hyper.betas, *old, *unbias, hyper.eps))
         written = (part.view(-1, large) for part in (first, second, adam))
-        run(optim.moments, layers * rank, large, m, v, shift, *factors, *numbers, *written)
+        run(optim.moments, layers * rank, large, m, v, *factors, *numbers, *written)
