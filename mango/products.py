@@ -121,7 +121,7 @@ def square_sums(
 
 
 def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """x (layers, rows, cols) float32 as codes in ``out``, int8 of that shape, and a scale for each row.
+    """x (layers, rows, cols), float32 or bfloat16, as codes in ``out``, int8 of that shape, and a scale for each row.
 
     Returns:
         The scales (layers, rows): codes * scale is within half a scale, 1/254 of the largest magnitude in its row, of x. And
@@ -135,9 +135,9 @@ def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) ->
         scales, along = torch.empty(layers, rows), torch.empty(layers, rows)
         down = torch.empty(layers, bands if summed else 0, cols)
         for values, *written in zip(x, out, scales, along, down, strict=True):
-            run(optim.to_bytes, bands, optim.BAND * cols, values.contiguous(), values.contiguous().view(torch.int32), *written)
+            run(optim.to_bytes, bands, optim.BAND * cols, native.float_bits(values.contiguous()), *written)
         return scales, (along, down.sum(dim=1)) if summed else None
-    x = x if isinstance(x, Tensor) else torch.stack(list(x))
+    x = (x if isinstance(x, Tensor) else torch.stack(list(x))).float()
     return _codes(x, -1, out), square_sums(x) if summed else None
 
 
@@ -220,7 +220,7 @@ class ByteMatrices:
     rounding of both operands.
 
     Args:
-        x: (layers, rows, cols) float32, finite, perhaps one by one.
+        x: (layers, rows, cols) float32 or bfloat16, finite, perhaps one by one.
         turned: whether A is x transposed; scales belong to the rows of x, so to the columns of A then.
         workspace: for the codes and for products.
         summed: also find ``sums``, those of ``square_sums(x)``, while the values are at hand.

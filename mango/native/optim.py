@@ -159,20 +159,23 @@ def _sum_of_squares(values: Array) -> Any:
 
 
 @compiled
-def to_bytes(first: int, last: int, x: Array, bits: Array, codes: Array, scales: Array, rows: Array, columns: Array) -> None:
+def to_bytes(first: int, last: int, x: Array, codes: Array, scales: Array, rows: Array, columns: Array) -> None:
     """codes = x * (127 / peak) to the nearest integer, and peak / 127 for each row, bands as of ``missed``.
 
-    x: (rows, cols) float32, finite; bits: the same as int32; codes: int8, written; scales: (rows,) float32, written.
+    x: (rows, cols), finite, float32 as int32, or the bits of bfloat16 as int16; codes: int8, written; scales: (rows,) float32, written.
     rows, columns: sums of the squares of x as of ``missed``, unless there are no columns.
     """
+    bits = np.empty(x.shape[1], np.int32)
+    values = bits.view(np.float32)
     for band in range(first, last):
         if columns.shape[0]:
             columns[band] = ZERO
         for i in range(band * BAND, min((band + 1) * BAND, x.shape[0])):
-            values, magnitudes, found = x[i], bits[i], codes[i]
+            found = codes[i]
+            _widen(x[i], bits)
             most = np.int32(0)
-            for j in range(magnitudes.size):
-                most = max(most, np.int32(magnitudes[j] & MAGNITUDE))
+            for j in range(bits.size):
+                most = max(most, np.int32(bits[j] & MAGNITUDE))
             scales[i : i + 1].view(np.int32)[0] = most
             peak = scales[i]
             inverse = BYTE / peak if peak > SMALLEST else ZERO
