@@ -120,8 +120,12 @@ def square_sums(
     return along, down.sum(dim=1)
 
 
-def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def to_bytes(
+    x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False, left: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """x (layers, rows, cols), float32 or bfloat16, as codes in ``out``, int8 of that shape, and a scale for each row.
+
+    x may be given one by one, and is written to ``left``, contiguous, in float32 or bfloat16, if that is given.
 
     Returns:
         The scales (layers, rows): codes * scale is within half a scale, 1/254 of the largest magnitude in its row, of x. And
@@ -134,10 +138,13 @@ def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) ->
         bands = -(-rows // optim.BAND)
         scales, along = torch.empty(layers, rows), torch.empty(layers, rows)
         down = torch.empty(layers, bands if summed else 0, cols)
-        for values, *written in zip(x, out, scales, along, down, strict=True):
+        copies = native.float_bits(torch.empty(layers, 0, cols) if left is None else left)
+        for values, *written in zip(x, out, scales, along, down, copies, strict=True):
             run(optim.to_bytes, bands, optim.BAND * cols, native.float_bits(values.contiguous()), *written)
         return scales, (along, down.sum(dim=1)) if summed else None
     x = (x if isinstance(x, Tensor) else torch.stack(list(x))).float()
+    if left is not None:
+        left.copy_(x)
     return _codes(x, -1, out), square_sums(x) if summed else None
 
 
@@ -224,11 +231,14 @@ class ByteMatrices:
         turned: whether A is x transposed; scales belong to the rows of x, so to the columns of A then.
         workspace: for the codes and for products.
         summed: also find ``sums``, those of ``square_sums(x)``, while the values are at hand.
+        left: where x is written besides, as of ``to_bytes``.
     """
 
-    def __init__(self, x: Tensor | Sequence[Tensor], turned: bool, workspace: Workspace, summed: bool = False) -> None:
+    def __init__(
+        self, x: Tensor | Sequence[Tensor], turned: bool, workspace: Workspace, summed: bool = False, left: Tensor | None = None
+    ) -> None:
         codes = workspace.take("low", (len(x), *x[0].shape), torch.int8)
-        scales, self.sums = to_bytes(x, codes, summed)
+        scales, self.sums = to_bytes(x, codes, summed, left)
         # (layers, 1), and the rest at most 1: products of small values with small scales would underflow
         self._largest = scales.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         self._scales = scales / self._largest

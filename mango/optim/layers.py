@@ -246,21 +246,23 @@ class LayerStack:
         """H (layers, rows, cols) as it is projected, A (layers, m, n), and as its basis is tracked; and ``square_sums(h)`` where they are
         needed and cost nothing."""
         turned, summed = self.rows > self.cols, self.error.store is None and not self.factored
-        if self._projects_in_bytes(hyper):
-            a = ByteMatrices(h, turned, workspace, summed)
-            return a, a, a.sums
-        sums, low = None, h
-        if h[0].dtype != dtype:
+        low, sums, codes = None, None, None
+        if h[0].dtype != dtype and not self._projects_in_bytes(hyper):
             low = workspace.take("low", (self.layers, self.rows, self.cols), dtype)
-            if summed and native.ready(self.device):
-                sums = square_sums(h, left=low)
-            elif isinstance(h, Tensor):
-                low.copy_(h)
-            else:
-                torch._foreach_copy_(list(low), list(h))
-        low = cast(Tensor, low)
+        if self._in_bytes(hyper):
+            codes = ByteMatrices(h, turned, workspace, summed, low)
+            sums = codes.sums
+        elif low is not None and summed and native.ready(self.device):
+            sums = square_sums(h, left=low)
+        elif low is not None and isinstance(h, Tensor):
+            low.copy_(h)
+        elif low is not None:
+            torch._foreach_copy_(list(low), list(h))
+        if codes is not None and self._projects_in_bytes(hyper):
+            return codes, codes, sums
+        low = cast(Tensor, h) if low is None else low
         projected = low.mT if turned else low
-        return projected, ByteMatrices(low, turned, workspace) if self._in_bytes(hyper) else projected, sums
+        return projected, projected if codes is None else codes, sums
 
     def _project(self, basis: Tensor, a: Matrix) -> Tensor:
         """PᵀA (layers, r, n) float32; of a tall matrix, products in the other order are a seventh faster."""
