@@ -38,7 +38,7 @@ class Stacked:
         self.packed: Packed = _like(_sizes(codec, layers, values)) if on_meta else _zeros(codec, layers, values, device)
 
     def read(self, out: Tensor | None = None) -> Tensor:
-        """The decoded tensor (layers, *shape), float32; written into a contiguous ``out`` of that shape when given."""
+        """The decoded tensor (layers, *shape), float32; written into a contiguous ``out`` when given, float32 or bfloat16."""
         if out is not None and not self.padding:
             self.codec.decode(self.packed, out=out.view(self.layers, self.numel))
             return out

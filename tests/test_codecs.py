@@ -167,6 +167,8 @@ def test_out_reuses_buffers(name: str, options: dict) -> None:
         codec.decode(again, out=torch.empty(4, 67))
     with pytest.raises(ConfigError, match="out = "):
         codec.decode(again, out=torch.empty(5, 67, dtype=torch.float64))
+    rounded = torch.empty(5, 67, dtype=torch.bfloat16)
+    assert codec.decode(again, out=rounded) is rounded and torch.equal(rounded, codec.decode(again).bfloat16())
 
 
 @every()

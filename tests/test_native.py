@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mango import LayerPlan, Mango, codecs, native
+from mango.codecs.int8 import code_table
 from mango.errors import NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.mole import pair
@@ -162,6 +163,24 @@ def test_the_pass_that_finds_the_error_stores_it_with_the_bits_of_its_codec(code
     assert once.store is not None and twice.store is not None
     parts = zip(once.store.parts().values(), twice.store.parts().values(), strict=True)
     assert all(same(a, b) for a, b in parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_are_stored_with_the_bits_of_their_codec_by_the_pass_that_finds_them(dtype: torch.dtype) -> None:
+    rows, cols = 6, 1280  # the last tile is one block
+    m, v, u = (gaussian((rows, cols), (seed,)) for seed in (1, 2, 3))
+    u[0, :256] = m[0, :256] = v[0, :256] = 0.0
+    numbers = (0.9, 0.999, 0.1, 0.001, 0.5, 0.25, 1e-8)
+    read = (*(native.float_bits(moment.to(dtype)) for moment in (m, v.square())), u, torch.rand(rows), *numbers)
+    table, nothing = code_table(), torch.empty(0, cols)
+    adam, again, mean, root = (torch.empty(rows, cols) for _ in range(4))
+    packs = [codecs.get("int8").encode(torch.zeros(rows, cols)) for _ in range(2)]
+    parts = [part.view(rows, -1) for pack in packs for part in pack.tensors()]
+    threads.run(loops.moments, rows, cols, *read, adam, mean, root, 256, table, *[nothing.byte(), nothing] * 2)
+    threads.run(loops.moments, rows, cols, *read, again, nothing, nothing, 256, table, *parts)
+    assert same(adam, again)
+    for pack, values in zip(packs, (mean, root), strict=True):
+        assert all(same(a, b) for a, b in zip(pack.tensors(), codecs.get("int8").encode(values).tensors(), strict=True))
 
 
 def test_which_errors_are_stored_by_the_pass_that_finds_them() -> None:
@@ -350,6 +369,7 @@ import numba.core.caching as caching
 caching.CacheImpl._locator_classes = []
 import torch
 from mango import LayerPlan, Mango, codecs, native
+from mango.codecs.int8 import code_table
 from mango.errors import NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.mole import pair

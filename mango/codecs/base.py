@@ -52,7 +52,7 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, packed: Packed, *, out: Tensor | None = None) -> Tensor:
-        """Returns a tensor of ``packed.shape`` and ``packed.dtype``, written into ``out`` when given."""
+        """Returns a tensor of ``packed.shape`` and ``packed.dtype``, written into ``out`` when given, which may be bfloat16 for float32."""
 
     @abstractmethod
     def alpha(self, dtype: torch.dtype = torch.float32) -> float:
@@ -152,7 +152,8 @@ def target(packed: Packed, device: torch.device, out: Tensor | None) -> Tensor:
     """A contiguous tensor to decode into: ``out`` itself when it is contiguous, else a new one that is copied to it afterwards."""
     if out is None:
         return torch.empty(packed.shape, dtype=packed.dtype, device=device)
-    if out.shape != packed.shape or out.dtype != packed.dtype or out.device != device:
+    fits = out.dtype == packed.dtype or (out.dtype, packed.dtype) == (torch.bfloat16, torch.float32)
+    if out.shape != packed.shape or not fits or out.device != device:
         raise ConfigError.of("out", f"{tuple(out.shape)} {out.dtype} on {out.device}", f"{tuple(packed.shape)} {packed.dtype} on {device}")
     return out if out.is_contiguous() else torch.empty(packed.shape, dtype=packed.dtype, device=device)
 

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mango import native
 from mango.codecs.base import TINY, Codec, admit, all_finite, buffers, deliver, loops, numel, parts, size, target, with_rounding
 from mango.errors import ConfigError, NonFinite
 from mango.native.threads import run
@@ -109,10 +110,12 @@ class AbsmaxCodec(Codec):
         compiled = loops(codes.device)
         for lo, hi, width, first, last in parts(flat.numel(), block, codes.device, compiled is not None):
             if compiled is not None:
-                values = flat[lo:hi] if flat.dtype == torch.float32 else torch.empty(hi - lo)
+                direct = flat.dtype in (torch.float32, torch.bfloat16)
+                values = flat[lo:hi] if direct else torch.empty(hi - lo)
                 stored = codes[lo * self.bits // 8 : -(-hi * self.bits // 8)]
-                run(self._decode_loop(compiled), last - first, block, stored, scales[first:last], block, self.table(), values)
-                if flat.dtype != torch.float32:
+                written = (scales[first:last], block, self.table(), native.float_bits(values))
+                run(self._decode_loop(compiled), last - first, block, stored, *written)
+                if not direct:
                     flat[lo:hi].copy_(values)
                 continue
             values = self._lookup(codes[lo * self.bits // 8 : -(-hi * self.bits // 8)], hi - lo).view(-1, width)

@@ -16,6 +16,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 ZERO, ONE, TINY = np.float32(0.0), np.float32(1.0), np.float32(1e-38)
 NONE, UNIT, TWO, FOUR, EIGHT = (np.int32(bit) for bit in (0, 1, 2, 4, 8))
 MAGNITUDE, SIGN = np.int32(0x7FFFFFFF), np.int32(31)
+ROUND, HALF = np.int32(0x7FFF), np.int32(16)
 PAIR = np.float32(2.0)
 DRAW, MIDDLE = np.float32(2.0**-16), np.float32(32768.5 * 2.0**-16)  # of mango.codecs.bits.add_uniform
 
@@ -39,28 +40,47 @@ def absmax(first: int, last: int, bits: Array, block: int, peaks: Array) -> None
 @compiled
 def encode_bytes(first: int, last: int, x: Array, scales: Array, block: int, table: Array, codes: Array) -> None:
     """Codes from a table over [-1, 1]. x: (n,) float32; scales: (blocks,) float32; table: (65536,) uint8; codes: (n,) uint8, written."""
-    entry = np.empty(block, np.int32)  # apart from the look-up, which has no vector instruction
+    entry = np.empty(block, np.int32)
     for b in range(first, last):
-        values, found = x[b * block : (b + 1) * block], codes[b * block : (b + 1) * block]
-        inverse = ONE / scales[b]
-        for i in range(values.size):
-            v = values[i] * inverse
-            v = v if v == v else -ONE
-            v = min(max(v, -ONE), ONE) + ONE
-            # the product is exact in float64 and rounded once, as in a fused multiply-add
-            entry[i] = np.int32(np.float32(v * 32767.5 + 0.5))
-        for i in range(values.size):
-            found[i] = table[np.uint32(entry[i])]
+        look_up(x[b * block : (b + 1) * block], scales[b], table, entry, codes[b * block : (b + 1) * block])
+
+
+@compiled
+def look_up(values: Array, scale: float, table: Array, entry: Array, found: Array) -> None:
+    """The codes of ``encode_bytes`` for one block. entry: int32, for scratch, apart from the look-up, which has no vector instruction."""
+    inverse = ONE / scale
+    for i in range(values.size):
+        v = values[i] * inverse
+        v = v if v == v else -ONE
+        v = min(max(v, -ONE), ONE) + ONE
+        # the product is exact in float64 and rounded once, as in a fused multiply-add
+        entry[i] = np.int32(np.float32(v * 32767.5 + 0.5))
+    for i in range(values.size):
+        found[i] = table[np.uint32(entry[i])]
 
 
 @compiled
 def decode_bytes(first: int, last: int, codes: Array, scales: Array, block: int, levels: Array, out: Array) -> None:
-    """out (n,) float32 = level * scale, 0 where the scale is not above 1e-38. levels: (256,) float32."""
+    """out (n,) = level * scale, 0 where the scale is not above 1e-38. levels: (256,) float32; out: see ``store``."""
+    bits = np.empty(block, np.int32)
+    values = bits.view(np.float32)
     for b in range(first, last):
-        found, values = codes[b * block : (b + 1) * block], out[b * block : (b + 1) * block]
+        found, into = codes[b * block : (b + 1) * block], out[b * block : (b + 1) * block]
         scale = scales[b] if scales[b] > TINY else ZERO
         for i in range(found.size):
             values[i] = levels[found[i]] * scale
+        store(bits, into)
+
+
+@compiled
+def store(wide: Array, out: Array) -> None:
+    """The bits of finite float32, int32, as they are, or, where out is int16, of the nearest bfloat16, ties to even."""
+    if out.itemsize == 2:
+        for j in range(out.size):
+            out[j] = np.int16(np.int32(wide[j] + np.int32(ROUND + ((wide[j] >> HALF) & UNIT))) >> HALF)
+    else:
+        for j in range(out.size):
+            out[j] = wide[j]
 
 
 @compiled
@@ -113,17 +133,21 @@ def nearest(unit: Array, thresholds: Array, order: Array, found: Array, pairs: A
 
 @compiled
 def decode_nibbles(first: int, last: int, codes: Array, scales: Array, block: int, pairs: Array, out: Array) -> None:
-    """out (n,) float32 = level * scale, 0 where the scale is not above 1e-38. pairs: (256,) float64, whose 8 bytes are two levels."""
-    wide = np.empty(block // 2, np.float64)  # apart from the product, as a look-up has no vector instruction
-    level = wide.view(np.float32)
+    """out (n,) = level * scale, 0 where the scale is not above 1e-38.
+
+    pairs: (256,) float64, whose 8 bytes are two levels; out: see ``store``.
+    """
+    wide, bits = np.empty(block // 2, np.float64), np.empty(block, np.int32)  # apart, as a look-up has no vector instruction
+    level, values = wide.view(np.float32), bits.view(np.float32)
     for b in range(first, last):
-        values = out[b * block : (b + 1) * block]
-        found = codes[b * block // 2 : (b * block + values.size + 1) // 2]
+        into = out[b * block : (b + 1) * block]
+        found = codes[b * block // 2 : (b * block + into.size + 1) // 2]
         scale = scales[b] if scales[b] > TINY else ZERO
         for k in range(found.size):
             wide[k] = pairs[found[k]]
-        for i in range(values.size):
+        for i in range(into.size):
             values[i] = level[i] * scale
+        store(bits, into)
 
 
 @compiled

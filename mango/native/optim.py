@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mango.native.codecs import MAGNITUDE, NONE, ONE, TINY, UNIT, ZERO, nearest
+from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, look_up, nearest, store
 from mango.native.jit import compiled, summing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BAND = 64  # rows whose columns are summed together
 BYTE, PER_BYTE, SMALLEST = np.float32(127.0), np.float32(1.0 / 127.0), np.float32(1e-36)  # of mango.products.to_bytes
-ROUND, HALF = np.int32(0x7FFF), np.int32(16)
 TILE = 512  # columns of a row that are worked on together: a few of them fit the fastest cache
 
 
@@ -37,7 +36,7 @@ def compensate(
             wide[k] = pairs[found[k]]
         for i in range(sums.size):
             sums[i] = level[i] * scale * decay + sign * grads[i]
-        _store(bits, out[begin:end])
+        store(bits, out[begin:end])
 
 
 @compiled
@@ -87,7 +86,7 @@ def missed(
                     sums[j] += values[j] * values[j]
                 total += _sum_of_squares(values)
                 if left.shape[0]:
-                    _store(wide, left[i, begin:end])
+                    store(wide, left[i, begin:end])
                 if codes.shape[0]:
                     peaks = scales[i, begin // block : end // block]
                     _encode(wide[: end - begin], values, peaks, block, unit[: end - begin])
@@ -100,25 +99,11 @@ def _encode(bits: Array, values: Array, scales: Array, block: int, unit: Array) 
     """The largest magnitude of each block, and the values divided by it, as in ``encode_nibbles``. bits: the values as int32."""
     for b in range(scales.size):
         begin, end = b * block, (b + 1) * block
-        magnitudes, whole, parts = bits[begin:end], values[begin:end], unit[begin:end]
-        most = np.int32(0)
-        for j in range(magnitudes.size):
-            most = max(most, np.int32(magnitudes[j] & MAGNITUDE))
-        scales[b : b + 1].view(np.int32)[0] = most
+        whole, parts = values[begin:end], unit[begin:end]
+        _peak(bits[begin:end], scales[b : b + 1])
         inverse = ONE / max(scales[b], TINY)
         for j in range(parts.size):
             parts[j] = whole[j] * inverse
-
-
-@compiled
-def _store(wide: Array, out: Array) -> None:
-    """The bits of finite float32 as they are, or of the nearest bfloat16, ties to even, where out is int16."""
-    if out.itemsize == 2:
-        for j in range(out.size):
-            out[j] = np.int16(np.int32(wide[j] + np.int32(ROUND + ((wide[j] >> HALF) & UNIT))) >> HALF)
-    else:
-        for j in range(out.size):
-            out[j] = wide[j]
 
 
 @compiled
@@ -173,17 +158,14 @@ def to_bytes(first: int, last: int, x: Array, codes: Array, scales: Array, rows:
         for i in range(band * BAND, min((band + 1) * BAND, x.shape[0])):
             found = codes[i]
             _widen(x[i], bits)
-            most = np.int32(0)
-            for j in range(bits.size):
-                most = max(most, np.int32(bits[j] & MAGNITUDE))
-            scales[i : i + 1].view(np.int32)[0] = most
+            _peak(bits, scales[i : i + 1])
             peak = scales[i]
             inverse = BYTE / peak if peak > SMALLEST else ZERO
             for j in range(values.size):
                 found[j] = np.int8(np.int32(np.rint(values[j] * inverse)))
             scales[i] = peak * PER_BYTE
             if left.shape[0]:
-                _store(bits, left[i])
+                store(bits, left[i])
             if columns.shape[0]:
                 sums = columns[band]
                 for j in range(values.size):
@@ -268,17 +250,24 @@ def moments(
     unbias1: float,
     unbias2: float,
     eps: float,
+    adam: Array,
     mean: Array,
     root: Array,
-    adam: Array,
+    block: int,
+    table: Array,
+    mean_codes: Array,
+    mean_scales: Array,
+    root_codes: Array,
+    root_scales: Array,
 ) -> None:
     """Adam's moments and direction, rows ``first`` to ``last`` of (rows, n).
 
     mean = beta1 m + c1 u and root = sqrt(beta2 v + c2 u u), with c = (1 - beta) + new old;
     adam = (mean / unbias1) / (root / unbias2 + eps).
-    m, v: as the product of ``missed``; u: float32; new: (rows,) float32; mean, root, adam: float32, written.
+    m, v: as the product of ``missed``; u: float32; new: (rows,) float32; adam: float32, written; mean, root: likewise, or without rows.
+    Then they are written as codes (rows, n) uint8 and scales (rows, n / block) float32 of ``encode_bytes``, whose table is given.
     """
-    wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    wide, other, entry = np.empty(TILE, np.int32), np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     one, two = wide.view(np.float32), other.view(np.float32)
     for i in range(first, last):
         c1, c2 = (ONE - beta1) + new[i] * old1, (ONE - beta2) + new[i] * old2
@@ -286,8 +275,32 @@ def moments(
             end = min(begin + TILE, u.shape[1])
             _widen(m[i, begin:end], wide)
             _widen(v[i, begin:end], other)
-            values, found, first_moment, root_moment = u[i, begin:end], adam[i, begin:end], mean[i, begin:end], root[i, begin:end]
+            values, found = u[i, begin:end], adam[i, begin:end]
             for j in range(values.size):
-                first_moment[j] = beta1 * one[j] + c1 * values[j]
-                root_moment[j] = np.sqrt(beta2 * two[j] + c2 * (values[j] * values[j]))
-                found[j] = (first_moment[j] / unbias1) / (root_moment[j] / unbias2 + eps)
+                one[j] = beta1 * one[j] + c1 * values[j]
+                two[j] = np.sqrt(beta2 * two[j] + c2 * (values[j] * values[j]))
+                found[j] = (one[j] / unbias1) / (two[j] / unbias2 + eps)
+            if mean.shape[0]:
+                mean[i, begin:end] = one[: end - begin]
+                root[i, begin:end] = two[: end - begin]
+            else:
+                for b in range(begin // block, end // block):
+                    here, there = b * block - begin, (b + 1) * block - begin
+                    _look_up(wide[here:there], one[here:there], table, entry, mean_codes[i], mean_scales[i], b, block)
+                    _look_up(other[here:there], two[here:there], table, entry, root_codes[i], root_scales[i], b, block)
+
+
+@compiled
+def _look_up(bits: Array, values: Array, table: Array, entry: Array, codes: Array, scales: Array, b: int, block: int) -> None:
+    """Block b of a row in bytes. bits: the values as int32."""
+    _peak(bits, scales[b : b + 1])
+    look_up(values, scales[b], table, entry, codes[b * block : (b + 1) * block])
+
+
+@compiled
+def _peak(bits: Array, scale: Array) -> None:
+    """The largest magnitude of float32 seen as int32. scale: (1,) float32, written."""
+    most = np.int32(0)
+    for j in range(bits.size):
+        most = max(most, np.int32(bits[j] & MAGNITUDE))
+    scale.view(np.int32)[0] = most

@@ -150,14 +150,14 @@ class LayerStack:
         dtype = torch.bfloat16 if self._halves(hyper) else torch.float32  # of the factors
         a, tracked, sums_of_h = self._operands(h, dtype, hyper, workspace)  # (layers, m, n)
 
-        old, mean = self.basis.read(), self.moments.read_first(workspace)  # (layers, m, r), (layers, r, n)
+        old, mean = self.basis.read(), self.moments.read_first(dtype, workspace)  # (layers, m, r), (layers, r, n)
         basis = self._track(tracked, old, mean, hyper, generators).to(dtype)
         exact = self._project(basis, a)  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
         integers = self._in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
         lift = Lift(as_used if integers else basis, self.rows > self.cols, integers, workspace)
-        adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, dtype, workspace)
+        adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, workspace)
         found = diagnose(self, torch.stack(list(h)).float(), as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 

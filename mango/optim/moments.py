@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from mango import native
+from mango.codecs.base import all_finite
+from mango.codecs.int8 import Int8, code_table
+from mango.errors import NonFinite
 from mango.native.threads import run
 from mango.stacked import Stacked
 from mango.subspace import rotate_moments
@@ -28,11 +31,11 @@ class Moments:
         self.first = Stacked(codec, layers, (rank, large), device)
         self.root = Stacked(codec, layers, (rank, large), device)
 
-    def read_first(self, workspace: Workspace) -> Tensor:
-        """The first moment (layers, rank, large) float32; ``step`` overwrites it."""
-        return self.first.read(workspace.take("first", self.shape))
+    def read_first(self, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+        """The first moment (layers, rank, large) in this type, that of the operands of the rotation; valid until the next ``step``."""
+        return self.first.read(workspace.take("first", self.shape, dtype))
 
-    def step(self, u: Tensor, r: Tensor, first: Tensor, hyper: Hyper, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+    def step(self, u: Tensor, r: Tensor, first: Tensor, hyper: Hyper, workspace: Workspace) -> Tensor:
         """Adam's direction for the factor U (layers, rank, large), with the moments carried to the new basis by r (layers, rank, rank).
 
         Row i of r has squared norm c <= 1: that much of the new direction lay in the old span, and the rest has no history. Left at zero,
@@ -42,47 +45,49 @@ class Moments:
 
         Args:
             first: as ``read_first`` gave it.
-            dtype: of the operands that are rotated.
         """
         beta1, beta2 = hyper.betas
-        second = self.root.read(workspace.take("second", self.shape)).square_()
-        both = (2, *self.shape)
-        m, v = first, second
-        if dtype != torch.float32:
-            m, v = (low.copy_(high) for low, high in zip(workspace.take("moments", both, dtype), (first, second), strict=True))
-        turned = rotate_moments(r.to(dtype), m, v, out=workspace.take("turned", both, dtype).unbind(0))
+        second = self.root.read(workspace.take("second", self.shape, first.dtype)).square_()
+        turned = rotate_moments(r.to(first.dtype), first, second, out=workspace.take("turned", (2, *self.shape), first.dtype).unbind(0))
         new = (1.0 - r.square().sum(dim=-1)).clamp_(0.0, 1.0)  # (layers, rank)
         old = beta1 * (1.0 - beta1 ** (hyper.step - 1)), beta2 * (1.0 - beta2 ** (hyper.step - 1))
         unbias = 1.0 - beta1**hyper.step, (1.0 - beta2**hyper.step) ** 0.5
         adam = workspace.take("adam", self.shape)
         if native.ready(self.device):
-            self._compiled(turned, first, second, u, new, hyper, old, unbias, adam)
-        else:
-            new = new.unsqueeze(-1)
-            first.copy_(turned[0]).mul_(beta1).addcmul_(new * old[0] + (1.0 - beta1), u)
-            second.copy_(turned[1]).mul_(beta2).addcmul_(new * old[1] + (1.0 - beta2), u.square()).sqrt_()
-            torch.div(first, unbias[0], out=adam).div_((second / unbias[1]).add_(hyper.eps))
-        self.first.write(first)
-        self.root.write(second)
+            self._compiled(turned, u, new, (*hyper.betas, *old, *unbias, hyper.eps), adam, workspace)
+            return adam
+        new = new.unsqueeze(-1)
+        mean = turned[0].float().mul_(beta1).addcmul_(new * old[0] + (1.0 - beta1), u)
+        root = turned[1].float().mul_(beta2).addcmul_(new * old[1] + (1.0 - beta2), u.square()).sqrt_()
+        torch.div(mean, unbias[0], out=adam).div_((root / unbias[1]).add_(hyper.eps))
+        self.first.write(mean)
+        self.root.write(root)
         return adam
 
     def _compiled(
-        self,
-        turned: tuple[Tensor, ...],
-        first: Tensor,
-        second: Tensor,
-        u: Tensor,
-        new: Tensor,
-        hyper: Hyper,
-        old: tuple[float, float],
-        unbias: tuple[float, float],
-        adam: Tensor,
+        self, turned: tuple[Tensor, ...], u: Tensor, new: Tensor, numbers: tuple[float, ...], adam: Tensor, workspace: Workspace
     ) -> None:
+        """The same in one pass, which also stores the moments where they are bytes in whole blocks along the rows."""
         from mango.native import optim
 
         layers, rank, large = self.shape
-        m, v = (native.float_bits(moment.view(-1, large)) for moment in turned)
-        factors = (u.contiguous().view(-1, large), new.reshape(-1))
-        numbers = map(float, (*hyper.betas, *old, *unbias, hyper.eps))
-        written = (part.view(-1, large) for part in (first, second, adam))
-        run(optim.moments, layers * rank, large, m, v, *factors, *numbers, *written)
+        rows = layers * rank
+        m, v = (native.float_bits(moment.view(rows, large)) for moment in turned)
+        codec = self.first.codec
+        coded = isinstance(codec, Int8) and not (codec.double_quant or large % codec.block or optim.TILE % codec.block)
+        nothing = torch.empty(0, large)
+        mean, root, codes = nothing, nothing, [nothing.byte(), nothing] * 2
+        if coded:
+            stores = [store.parts() for store in (self.first, self.root)]
+            codes = [parts[name].view(rows, -1) for parts in stores for name in ("codes", "scales")]
+        else:
+            mean, root = (workspace.take(name, (rows, large)) for name in ("mean", "root"))
+        written = (adam.view(rows, large), mean, root, codec.block, code_table() if coded else nothing.byte().view(-1), *codes)
+        run(optim.moments, rows, large, m, v, u.contiguous().view(rows, large), new.reshape(-1), *map(float, numbers), *written)
+        if coded:
+            found = all(all_finite(parts["scales"].view(-1)) for parts in stores)
+            if not found:
+                raise NonFinite("a moment holds NaN, infinity or a value beyond float32")
+        else:
+            self.first.write(mean.view(self.shape))
+            self.root.write(root.view(self.shape))
