@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,34 @@ from mango.native.threads import run
 from mango.workspace import Workspace
 
 MOST = 1 << 17  # terms of which an int32 holds the sum, each at most 127²
+HALVES_PAY = 1 << 18  # values of a matrix from which products in bfloat16 or int8 are faster than the conversion costs
 CACHED = 1 << 21  # sums that are taken at once before they are read: 8 MiB
 TINY = 1e-36  # a row without a larger magnitude is taken as zero: the inverse of its scale would overflow
+
+
+def bfloat16_units(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 matrices in hardware. The meta device stands for the cards of the planner, which do."""
+    if device.type == "meta":
+        return True
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def in_halves(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
+    """Whether products are taken in bfloat16, those that are not in int8."""
+    if matmul in ("auto", "int8"):
+        return prod(shape) >= HALVES_PAY and bfloat16_units(device)
+    return matmul == "bfloat16"
+
+
+def in_bytes(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
+    """Whether bases are tracked and factors lifted from them in int8, of which a CPU's units take twice as many as of bfloat16. Finding
+    scales pays if compiled."""
+    if device.type != "cpu" or max(shape) > MOST or min(shape) == 1:  # torch 2.13 misreads the strides of a side of one
+        return False
+    pays = prod(shape) >= HALVES_PAY and torch.cpu._is_vnni_supported() and native.ready(device)
+    return matmul == "int8" or (matmul == "auto" and pays)
 
 
 def large(a: Tensor, b: Tensor) -> bool:

@@ -89,9 +89,9 @@ def convert(
     for (store, values), stored in zip(stores, kept, strict=True):
         _store(store, stored, values, generator, name)
     if source is not None:
-        pairs = [(target.error.store, source.error.store), (target.rows_sq, source.rows_sq), (target.cols_sq, source.cols_sq)]
-        for held, stored in pairs:
-            if held is not None and stored is not None:
+        kept_before = source.extras()
+        for quantity, held in target.extras().items():
+            if (stored := kept_before.get(quantity)) is not None:
                 _store(held, stored, stored.read(), generator, name)
     return {"step": state["step"], **target.views(0, target.layers)}
 

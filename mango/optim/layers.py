@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,8 @@ from mango.native.threads import run
 from mango.optim.diagnose import diagnose
 from mango.optim.moments import Moments
 from mango.optim.plan import LayerPlan
-from mango.products import MOST, ByteMatrices, Lift, Product, matmul, square_sums
+from mango.optim.residual import Residual
+from mango.products import ByteMatrices, Lift, Product, in_bytes, in_halves, matmul, square_sums
 from mango.stacked import Stacked
 from mango.subspace import (
     Matrix,
@@ -30,33 +30,7 @@ from mango.subspace import (
 )
 from mango.workspace import Workspace
 
-HALVES_PAY = 1 << 18  # values of a matrix from which products in bfloat16 or int8 are faster than the conversion costs
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
-
-
-def bfloat16_units(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware. The meta device stands for the cards of the planner, which do."""
-    if device.type == "meta":
-        return True
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def in_halves(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
-    """Whether products are taken in bfloat16, those that are not in int8."""
-    if matmul in ("auto", "int8"):
-        return prod(shape) >= HALVES_PAY and bfloat16_units(device)
-    return matmul == "bfloat16"
-
-
-def in_bytes(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
-    """Whether bases are tracked and factors lifted from them in int8, of which a CPU's units take twice as many as of bfloat16. Finding
-    scales pays if compiled."""
-    if device.type != "cpu" or max(shape) > MOST or min(shape) == 1:  # torch 2.13 misreads the strides of a side of one
-        return False
-    pays = prod(shape) >= HALVES_PAY and torch.cpu._is_vnni_supported() and native.ready(device)
-    return matmul == "int8" or (matmul == "auto" and pays)
 
 
 def plain(tensor: Tensor) -> bool:
@@ -105,18 +79,19 @@ class LayerStack:
         self.half = plan.half(rows, cols)
         self.basis = Stacked(plan.basis_codec, layers, (self.small, self.rank), device)
         self.moments = Moments(plan.moment_codec, layers, self.rank, self.large, device)
-        # mean squares of the residual along its rows and down its columns
-        self.factored = plan.residual and plan.scaling == "factored" and self.rank < self.small
-        self.rows_sq = Stacked("fp32", layers, (rows,), device) if self.factored else None
-        self.cols_sq = Stacked("fp32", layers, (cols,), device) if self.factored else None
+        stepped = plan.residual and self.rank < self.small
+        self.residual = Residual(plan.scaling, layers, (rows, cols), self.rank, device) if stepped else None
         self.error = ErrorBuffer(plan.error, plan.error_codec, layers, (rows, cols), device)
         self.factor = codecs.get(plan.factor_codec) if plan.factor_codec else None
 
+    def extras(self) -> dict[str, Stacked]:
+        """What the plan asks to keep beside the basis and the moments."""
+        found = {} if self.residual is None else {f"residual_{name}": mean for name, mean in self.residual.means.items()}
+        return found if self.error.store is None else {**found, "error": self.error.store}
+
     def parts(self) -> dict[str, Tensor]:
         """Every stored tensor as "quantity.part", views (layers, …)."""
-        stores = {"basis": self.basis, "exp_avg": self.moments.first, "exp_avg_sq_root": self.moments.root}
-        optional = {"residual_rows_sq": self.rows_sq, "residual_cols_sq": self.cols_sq, "error": self.error.store}
-        stores |= {quantity: store for quantity, store in optional.items() if store is not None}
+        stores = {"basis": self.basis, "exp_avg": self.moments.first, "exp_avg_sq_root": self.moments.root, **self.extras()}
         return {f"{quantity}.{part}": tensor for quantity, store in stores.items() for part, tensor in store.parts().items()}
 
     def views(self, first: int, count: int) -> dict[str, Tensor]:
@@ -161,25 +136,24 @@ class LayerStack:
         found = diagnose(self, torch.stack(list(h)).float(), as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
-        missed = self.error.store is not None or self.factored  # whether H - PU is needed
-        wanted, scale = self.plan.residual and self.rank < self.small, None
-        if wanted and not missed:  # D = H s + P (A - U s), and the norm of H - PU by Pythagoras
+        residual, scale, missed = self.residual, None, bool(self.extras())  # whether H - PU is needed
+        if residual is not None and not missed:  # D = H s + P (A - U s), and the norm of H - PU by Pythagoras
             captured = square_sums(exact)[1]
-            total = self._across(sums_of_h if sums_of_h is not None else square_sums(h))
-            scale = self._column_scale((total - captured).clamp_min(0.0), captured if u is exact else square_sums(u)[1], adam)
-            adam.addcmul_(u, self._across(scale).unsqueeze(-2), value=-1.0)
+            total = residual.across(sums_of_h if sums_of_h is not None else square_sums(h))
+            scale = residual.column_scale((total - captured).clamp_min(0.0), captured if u is exact else square_sums(u)[1], adam)
+            adam.addcmul_(u, residual.across(scale).unsqueeze(-2), value=-1.0)
         each = self.layers if self.error.store is not None else max(1, STACK_VALUES // (self.rows * self.cols))
-        whole = not (wanted and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations
+        whole = not (residual is not None and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations
         for first in range(0, self.layers, each):
             part = slice(first, first + each)
             left, along = h[part], adam[part]
             scales = None if scale is None else (scale[0][part], scale[1][part])
             if missed:
                 left, sums = self._missed(left, lift.products(u, part, "product", whole), workspace, generator)
-                if self.factored:
-                    scales = self._factored_scale(sums, along, hyper, part)
-                elif wanted:
-                    scales = self._column_scale(self._across(sums), square_sums(u[part])[1], along)
+                if residual is not None and residual.means:
+                    scales = residual.factored_scale(sums, along, hyper, part)
+                elif residual is not None:
+                    scales = residual.column_scale(residual.across(sums), square_sums(u[part])[1], along)
             along.mul_(-hyper.lr)
             for here, rows, step in lift.products(adam, part, "step", whole):
                 factors = None if scales is None else (scales[0][here, rows], scales[1][here])
@@ -245,7 +219,7 @@ class LayerStack:
     ) -> tuple[Matrix, Matrix, tuple[Tensor, Tensor] | None]:
         """H (layers, rows, cols) as it is projected, A (layers, m, n), and as its basis is tracked; and ``square_sums(h)`` where they are
         needed and cost nothing."""
-        turned, summed = self.rows > self.cols, self.error.store is None and not self.factored
+        turned, summed = self.rows > self.cols, not self.extras()
         low, sums, codes = None, None, None
         if h[0].dtype != dtype and not self._projects_in_bytes(hyper):
             low = workspace.take("low", (self.layers, self.rows, self.cols), dtype)
@@ -281,10 +255,6 @@ class LayerStack:
         if not self.half:
             return power_step(old, a, scouts)[0]
         return half_step(a, scouts if fresh == self.rank else torch.cat([mean[:, : self.rank - fresh], scouts], dim=-2))
-
-    def _across(self, sums: tuple[Tensor, Tensor]) -> Tensor:
-        """Of something along rows and down columns: that over the smaller dimension, (layers, n)."""
-        return sums[1] if self.rows <= self.cols else sums[0]
 
     def _apply(
         self,
@@ -326,49 +296,6 @@ class LayerStack:
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(change.unbind(0), params, strict=True)])
-
-    def _factored_scale(self, sums: tuple[Tensor, Tensor], adam: Tensor, hyper: Hyper, part: slice) -> tuple[Tensor, Tensor]:
-        """Scales along rows (layers, rows) and down columns (layers, cols) of the residual: Adafactor's (arXiv:1804.04235), bounded.
-        For the layers of ``part``, of which sums and adam are.
-
-        Adafactor divides by the roots of running means of squares, rows times columns over their mean, so that every row and column of
-        what the basis missed is stepped alike, however its strength is spread; Fira's one scale for each column leaves the rows as
-        uneven as they are. Two bounds, where Adafactor clips the whole update: a row or column that has become stronger than its mean
-        counts with its strength now; and per dimension the residual is stepped no further than the captured part, the sum of its
-        squares over (m - r) n at most that of A over r n.
-        """
-        assert self.rows_sq is not None and self.cols_sq is not None
-        beta2 = hyper.betas[1]
-        along, down = sums
-        # (layers, rows), (layers, cols); sums that overflow must not stay infinite in the means
-        now = (along / self.cols).clamp_max_(1e37), (down / self.rows).clamp_max_(1e37)
-        means = []
-        for store, seen in zip((self.rows_sq, self.cols_sq), now, strict=True):
-            mean = store.parts()["values"][part].lerp_(seen, 1.0 - beta2)  # kept in float32: changed in place
-            means.append(torch.maximum(mean / (1.0 - beta2**hyper.step), seen).clamp_min_(1e-30))
-        rows, cols = means
-        # (layers, 1); the two means are one number until the stronger is taken, and either alone would depend on the orientation
-        middle = rows.mean(dim=-1, keepdim=True).sqrt() * cols.mean(dim=-1, keepdim=True).sqrt()
-        # mean square of what is stepped, as if squares of the residual were products of row and column
-        strength = middle / now[0].mean(dim=-1, keepdim=True).clamp_min(1e-30)
-        strength = strength * (now[0] / rows).mean(dim=-1, keepdim=True) * (now[1] / cols).mean(dim=-1, keepdim=True)
-        captured = torch.linalg.vector_norm(adam, dim=(-2, -1)).square_().unsqueeze(-1) / (self.rank * self.large)
-        most = captured * ((self.small - self.rank) / self.small)
-        bound = (most / strength.clamp_min(1e-30)).sqrt_().clamp_max_(1.0)
-        return (middle / rows).sqrt_() * bound, cols.rsqrt()
-
-    def _column_scale(self, missed: Tensor, captured: Tensor, adam: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, from squared column norms of the residual and of U, (layers, n) each: Fira's ‖A_j‖ / ‖U_j‖ (arXiv:2410.01623), bounded.
-
-        Fira's ratio has no bound where a column of U happens to be small, and Fira then limits the growth of the whole
-        residual from step to step. We bound each column instead: per dimension the residual is never stepped further than the captured
-        part, ‖s_j (H - PU)_j‖ / sqrt(m - r) <= ‖A_j‖ / sqrt(r). That needs no state and does not depend on the scale of a column.
-        """
-        bound = torch.maximum(captured, self.rank / (self.small - self.rank) * missed).sqrt_()
-        # a dead column (zero gradient, momentum left) must give a finite scale: infinity times its zero residual is not a number
-        scale = square_sums(adam)[1].sqrt_() / bound.clamp_min_(1e-30)
-        ones = torch.ones(self.layers, self.small, device=self.device)
-        return (ones, scale) if self.rows <= self.cols else (scale, ones)
 
     def certified(self, hyper: Hyper) -> float:
         """``contraction``, or 0 when products are taken in bfloat16 or int8: rounding them errs by 2^-9 ‖H‖ and more, its own order."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mango.optim.base import loss_of
-from mango.optim.layers import bfloat16_units
+from mango.products import bfloat16_units
 
 
 def polar(x: Tensor, steps: int = 5, coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315), eps: float = 1e-7) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mango import native
 from mango.optim.adamw import step_group
-from mango.optim.layers import STACK_VALUES, Hyper, LayerStack, in_halves
+from mango.optim.layers import STACK_VALUES, Hyper, LayerStack
 from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
+from mango.products import in_halves
 from mango.workspace import Workspace
 
 State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter

@@ -15,11 +15,12 @@ from mango import optim
 from mango.errors import ConfigError
 from mango.optim.accounting import layer_nbytes, state_tensors
 from mango.optim.adamw import adamw
-from mango.optim.layers import HALVES_PAY, Hyper, LayerStack
+from mango.optim.layers import Hyper, LayerStack
 from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
 from mango.optim.split import split
 from mango.optim.stacks import STACK_VALUES
 from mango.planner.trace import Watch
+from mango.products import HALVES_PAY
 from mango.workspace import Workspace
 
 Shape = tuple[int, ...]
