@@ -30,15 +30,15 @@ def bfloat16_units(device: torch.device) -> bool:
 
 
 def in_halves(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
-    """Whether products are taken in bfloat16, those that are not in int8."""
+    """Whether products of factors are taken in bfloat16, and those with H if not in int8."""
     if matmul in ("auto", "int8"):
         return prod(shape) >= HALVES_PAY and bfloat16_units(device)
     return matmul == "bfloat16"
 
 
 def in_bytes(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
-    """Whether bases are tracked and factors lifted from them in int8, of which a CPU's units take twice as many as of bfloat16. Finding
-    scales pays if compiled."""
+    """Whether factors are lifted from the basis in int8, of which a CPU's units take twice as many as of bfloat16. Finding scales pays if
+    compiled."""
     if device.type != "cpu" or max(shape) > MOST or min(shape) == 1:  # torch 2.13 misreads the strides of a side of one
         return False
     pays = prod(shape) >= HALVES_PAY and torch.cpu._is_vnni_supported() and native.ready(device)
@@ -147,12 +147,8 @@ def square_sums(
     return along, down.sum(dim=1)
 
 
-def to_bytes(
-    x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False, left: Tensor | None = None
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """x (layers, rows, cols), float32 or bfloat16, as codes in ``out``, int8 of that shape, and a scale for each row.
-
-    x may be given one by one, and is written to ``left``, contiguous, in float32 or bfloat16, if that is given.
 
     Returns:
         The scales (layers, rows): codes * scale is within half a scale, 1/254 of the largest magnitude in its row, of x. And
@@ -165,13 +161,10 @@ def to_bytes(
         bands = -(-rows // optim.BAND)
         scales, along = torch.empty(layers, rows), torch.empty(layers, rows)
         down = torch.empty(layers, bands if summed else 0, cols)
-        copies = native.float_bits(torch.empty(layers, 0, cols) if left is None else left)
-        for values, *written in zip(x, out, scales, along, down, copies, strict=True):
+        for values, *written in zip(x, out, scales, along, down, strict=True):
             run(optim.to_bytes, bands, optim.BAND * cols, native.float_bits(values.contiguous()), *written)
         return scales, (along, down.sum(dim=1)) if summed else None
     x = (x if isinstance(x, Tensor) else torch.stack(list(x))).float()
-    if left is not None:
-        left.copy_(x)
     return _codes(x, -1, out), square_sums(x) if summed else None
 
 
@@ -258,14 +251,11 @@ class ByteMatrices:
         turned: whether A is x transposed; scales belong to the rows of x, so to the columns of A then.
         workspace: for the codes and for products.
         summed: also find ``sums``, those of ``square_sums(x)``, while the values are at hand.
-        left: where x is written besides, as of ``to_bytes``.
     """
 
-    def __init__(
-        self, x: Tensor | Sequence[Tensor], turned: bool, workspace: Workspace, summed: bool = False, left: Tensor | None = None
-    ) -> None:
+    def __init__(self, x: Tensor | Sequence[Tensor], turned: bool, workspace: Workspace, summed: bool = False) -> None:
         codes = workspace.take("low", (len(x), *x[0].shape), torch.int8)
-        scales, self.sums = to_bytes(x, codes, summed, left)
+        scales, self.sums = to_bytes(x, codes, summed)
         # (layers, 1), and the rest at most 1: products of small values with small scales would underflow
         self._largest = scales.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         self._scales = scales / self._largest

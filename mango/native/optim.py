@@ -144,11 +144,11 @@ def _sum_of_squares(values: Array) -> Any:
 
 
 @compiled
-def to_bytes(first: int, last: int, x: Array, codes: Array, scales: Array, rows: Array, columns: Array, left: Array) -> None:
+def to_bytes(first: int, last: int, x: Array, codes: Array, scales: Array, rows: Array, columns: Array) -> None:
     """codes = x * (127 / peak) to the nearest integer, and peak / 127 for each row, bands as of ``missed``.
 
     x: (rows, cols), finite, float32 as int32, or the bits of bfloat16 as int16; codes: int8, written; scales: (rows,) float32, written.
-    rows, columns: sums of the squares of x as of ``missed``, unless there are no columns; left: x is written there, as in ``missed``.
+    rows, columns: sums of the squares of x as of ``missed``, unless there are no columns.
     """
     bits = np.empty(x.shape[1], np.int32)
     values = bits.view(np.float32)
@@ -164,8 +164,6 @@ def to_bytes(first: int, last: int, x: Array, codes: Array, scales: Array, rows:
             for j in range(values.size):
                 found[j] = np.int8(np.int32(np.rint(values[j] * inverse)))
             scales[i] = peak * PER_BYTE
-            if left.shape[0]:
-                store(bits, left[i])
             if columns.shape[0]:
                 sums = columns[band]
                 for j in range(values.size):

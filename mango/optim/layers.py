@@ -123,14 +123,14 @@ class LayerStack:
         generator = generators[0]  # also for codecs that draw
         h = self._compensate(grads, hyper, workspace)
         dtype = torch.bfloat16 if self._halves(hyper) else torch.float32  # of the factors
-        a, tracked, sums_of_h = self._operands(h, dtype, hyper, workspace)  # (layers, m, n)
+        a, sums_of_h = self._operand(h, dtype, hyper, workspace)  # (layers, m, n)
 
         old, mean = self.basis.read(), self.moments.read_first(dtype, workspace)  # (layers, m, r), (layers, r, n)
-        basis = self._track(tracked, old, mean, hyper, generators).to(dtype)
+        basis = self._track(a, old, mean, hyper, generators).to(dtype)
         exact = self._project(basis, a)  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
-        integers = self._in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
+        integers = self._lifts_in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
         lift = Lift(as_used if integers else basis, self.rows > self.cols, integers, workspace)
         adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, workspace)
         found = diagnose(self, torch.stack(list(h)).float(), as_used, exact, u, old, grads, hyper, names) if names else {}
@@ -195,48 +195,42 @@ class LayerStack:
         if self.error.store is None and not hyper.maximize and usual:
             if self.layers == 1:
                 return grads[0].view(shape)
-            if (self._projects_in_bytes(hyper) or self._halves(hyper)) and native.ready(self.device):  # which are converted one at a time
+            if (self._bytes(hyper) or self._halves(hyper)) and native.ready(self.device):  # which are converted one at a time
                 return [grad.view(self.rows, self.cols) for grad in grads]
-        rough = usual and self._halves(hyper) and not self._projects_in_bytes(hyper) and self.error.coded() is not None
+        rough = usual and self._halves(hyper) and not self._bytes(hyper) and self.error.coded() is not None
         h = workspace.take("h", shape, torch.bfloat16 if rough else torch.float32)
         return self.error.compensate(grads, h, -1.0 if hyper.maximize else 1.0, self.plan.error_decay)
 
     def _halves(self, hyper: Hyper) -> bool:
         return in_halves((self.rows, self.cols), self.device, hyper.matmul)
 
-    def _in_bytes(self, hyper: Hyper) -> bool:
-        """Whether bases are tracked, and factors lifted from them, in int8."""
+    def _bytes(self, hyper: Hyper) -> bool:
+        """Whether products with H are taken in int8. Not unless asked for: where a few directions hold nearly all of H, a scale for a row
+        of H drowns the weak ones, which Adam steps as far as the strong. Wide models lose as much where only the basis is so tracked."""
+        return hyper.matmul == "int8" and self._lifts_in_bytes(hyper)
+
+    def _lifts_in_bytes(self, hyper: Hyper) -> bool:
         return in_bytes((self.rows, self.cols), self.device, hyper.matmul)
 
-    def _projects_in_bytes(self, hyper: Hyper) -> bool:
-        """Whether H is projected in int8, too. Not unless asked for: where a few directions hold nearly all of H, a scale for a row of H
-        drowns the weak ones, which Adam steps as far as the strong. A basis that is a little off in them costs little: what is missed is
-        stepped along as well."""
-        return hyper.matmul == "int8" and self._in_bytes(hyper)
-
-    def _operands(
+    def _operand(
         self, h: Tensor | Sequence[Tensor], dtype: torch.dtype, hyper: Hyper, workspace: Workspace
-    ) -> tuple[Matrix, Matrix, tuple[Tensor, Tensor] | None]:
-        """H (layers, rows, cols) as it is projected, A (layers, m, n), and as its basis is tracked; and ``square_sums(h)`` where they are
-        needed and cost nothing."""
+    ) -> tuple[Matrix, tuple[Tensor, Tensor] | None]:
+        """H (layers, rows, cols) as it is multiplied, A (layers, m, n); and ``square_sums(h)`` where they are needed and cost nothing."""
         turned, summed = self.rows > self.cols, not self.extras()
-        low, sums, codes = None, None, None
-        if h[0].dtype != dtype and not self._projects_in_bytes(hyper):
+        if self._bytes(hyper):
+            a = ByteMatrices(h, turned, workspace, summed)
+            return a, a.sums
+        sums, low = None, h
+        if h[0].dtype != dtype:
             low = workspace.take("low", (self.layers, self.rows, self.cols), dtype)
-        if self._in_bytes(hyper):
-            codes = ByteMatrices(h, turned, workspace, summed, low)
-            sums = codes.sums
-        elif low is not None and summed and native.ready(self.device):
-            sums = square_sums(h, left=low)
-        elif low is not None and isinstance(h, Tensor):
-            low.copy_(h)
-        elif low is not None:
-            torch._foreach_copy_(list(low), list(h))
-        if codes is not None and self._projects_in_bytes(hyper):
-            return codes, codes, sums
-        low = cast(Tensor, h) if low is None else low
-        projected = low.mT if turned else low
-        return projected, projected if codes is None else codes, sums
+            if summed and native.ready(self.device):
+                sums = square_sums(h, left=low)
+            elif isinstance(h, Tensor):
+                low.copy_(h)
+            else:
+                torch._foreach_copy_(list(low), list(h))
+        low = cast(Tensor, low)
+        return low.mT if turned else low, sums
 
     def _project(self, basis: Tensor, a: Matrix) -> Tensor:
         """PᵀA (layers, r, n) float32; of a tall matrix, products in the other order are a seventh faster."""
@@ -299,7 +293,7 @@ class LayerStack:
 
     def certified(self, hyper: Hyper) -> float:
         """``contraction``, or 0 when products are taken in bfloat16 or int8: rounding them errs by 2^-9 ‖H‖ and more, its own order."""
-        return 0.0 if self._halves(hyper) or self._in_bytes(hyper) else self.contraction()
+        return 0.0 if self._halves(hyper) or self._lifts_in_bytes(hyper) else self.contraction()
 
     def contraction(self) -> float:
         """T3 and T4: that which H -> P q(PᵀH) has for every H, in expectation over the scouts, with float32 products."""
