@@ -75,19 +75,17 @@ class Moments:
         m, v = (native.float_bits(moment.view(rows, large)) for moment in turned)
         codec = self.first.codec
         coded = isinstance(codec, Int8) and not (codec.double_quant or large % codec.block or optim.TILE % codec.block)
-        nothing = torch.empty(0, large)
-        mean, root, codes = nothing, nothing, [nothing.byte(), nothing] * 2
+        nothing, stores = torch.empty(0, large), (self.first, self.root)
         if coded:
-            stores = [store.parts() for store in (self.first, self.root)]
-            codes = [parts[name].view(rows, -1) for parts in stores for name in ("codes", "scales")]
+            mean = root = nothing
+            codes = [store.parts()[name].view(rows, -1) for store in stores for name in ("codes", "scales")]
         else:
             mean, root = (workspace.take(name, (rows, large)) for name in ("mean", "root"))
+            codes = [nothing.byte(), nothing] * 2
         written = (adam.view(rows, large), mean, root, codec.block, code_table() if coded else nothing.byte().view(-1), *codes)
         run(optim.moments, rows, large, m, v, u.contiguous().view(rows, large), new.reshape(-1), *map(float, numbers), *written)
-        if coded:
-            found = all(all_finite(parts["scales"].view(-1)) for parts in stores)
-            if not found:
-                raise NonFinite("a moment holds NaN, infinity or a value beyond float32")
-        else:
-            self.first.write(mean.view(self.shape))
-            self.root.write(root.view(self.shape))
+        if not coded:
+            for store, moment in zip(stores, (mean, root), strict=True):
+                store.write(moment.view(self.shape))
+        elif not all(all_finite(scales.view(-1)) for scales in codes[1::2]):
+            raise NonFinite("a moment holds NaN, infinity or a value beyond float32")
