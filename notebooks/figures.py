@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import common
@@ -46,6 +47,11 @@ def draw_curves(runs: RunSet, look: Looks) -> Figure:
         axis.set(xlabel="step", ylabel=label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=3.2)
     return figure
+
+
+def data_title(runs: RunSet) -> str:
+    """What the runs were trained on, in lines that fit over half a page."""
+    return fill(runs.common(lambda run: run.data.title), 24)
 
 
 def front(points: Iterable[tuple[float, float]]) -> np.ndarray:
@@ -109,7 +115,7 @@ def draw_ablation(sets: Sequence[RunSet], look: Looks) -> Figure:
         for name, dash in zip(controls(runs), ("--", ":"), strict=True):
             if name is not None:
                 axis.axvline(rows.loc[name, "loss"], color="black", linewidth=0.6, linestyle=dash, label=rows.loc[name, "label"], zorder=0)
-        axis.set(xlabel="final test loss", title=runs.common(lambda run: run.data.title))
+        axis.set(xlabel="final test loss", title=data_title(runs))
         axis.margins(x=0.15)
         axis.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(names)), [table(sets[0]).loc[name, "label"] for name in names])
