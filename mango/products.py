@@ -125,7 +125,7 @@ def square_sums(
     """
     if not native.ready(x[0].device):
         assert coded is None
-        x = x if isinstance(x, Tensor) else torch.stack(list(x))
+        x = (x if isinstance(x, Tensor) else torch.stack(list(x))).float()
         if minus is not None:
             x = torch.sub(x, minus.floats(), out=left if left is not None and left.dtype == torch.float32 else None)
         if left is not None and left is not x:
@@ -204,7 +204,7 @@ class Lift:
         self._scales: Tensor | None = None
         if integers:
             self._basis = workspace.take("basis codes", tuple(basis.shape), torch.int8)
-            self._scales, _ = to_bytes(basis.float(), self._basis)
+            self._scales, _ = to_bytes(basis, self._basis)
 
     def products(self, factor: Tensor, part: slice, purpose: str, whole: bool) -> Iterator[tuple[slice, slice, Product]]:
         """P U (layers, m, n) of the layers of ``part``, or turned.

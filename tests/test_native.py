@@ -133,15 +133,11 @@ def test_a_step_of_mango_is_the_same_but_for_the_order_of_sums(error: str, matmu
 def test_the_error_is_decoded_and_added_with_the_bits_of_two_passes() -> None:
     buffer = ErrorBuffer("codec", "nf4", 2, (48, 64), CPU)
     buffer.keep(gaussian((2, 48, 64), (1,)))
-    for sign, decay, dtype in (
-        (1.0, 1.0, torch.float32),
-        (-1.0, 1.0, torch.float32),
-        (1.0, 0.9, torch.float32),
-        (1.0, 0.9, torch.bfloat16),
-    ):
-        given = (list(gaussian((2, 48, 64), (2,))), torch.empty(2, 48, 64, dtype=dtype), sign, decay)
-        mine, twin = both(lambda given=given: buffer.compensate(*given).clone())
-        assert same(mine, twin)
+    for sign, decay in ((1.0, 1.0), (-1.0, 1.0), (1.0, 0.9)):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = (list(gaussian((2, 48, 64), (2,))), torch.empty(2, 48, 64, dtype=dtype), sign, decay)
+            mine, twin = both(lambda given=given: buffer.compensate(*given).clone())
+            assert same(mine, twin)
 
 
 @pytest.mark.parametrize("codec", ["nf4", "fp4"])
@@ -158,8 +154,7 @@ def test_the_pass_that_finds_the_error_stores_it_with_the_bits_of_its_codec(code
     coded = once.coded()
     assert coded is not None
     for rows in (slice(0, 64), slice(64, 130)):  # in bands, as products come
-        everything = slice(None)
-        square_sums(h[:, rows], Product(minus.values[:, rows]), h[:, rows], coded.band(everything, rows))
+        square_sums(h[:, rows], Product(minus.values[:, rows]), h[:, rows], coded.band(slice(None), rows))
     assert once.store is not None and twice.store is not None
     parts = zip(once.store.parts().values(), twice.store.parts().values(), strict=True)
     assert all(same(a, b) for a, b in parts)
@@ -368,14 +363,7 @@ import os
 import numba.core.caching as caching
 caching.CacheImpl._locator_classes = []
 import torch
-from mango import LayerPlan, Mango, codecs, native
-from mango.codecs.int8 import code_table
-from mango.errors import NonFinite
-from mango.feedback.buffer import ErrorBuffer
-from mango.mole import pair
-from mango.native import optim as loops
-from mango.optim.guard import Guard
-from mango.subspace import gaussian
+from mango import codecs, native
 codec = codecs.get("nf4")
 assert native.ready(torch.device("cpu"))
 print(codec.decode(codec.encode(torch.ones(100))).sum().item())

@@ -24,18 +24,15 @@ REAL = sources.data_root()  # before the tests hide it
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 
-def reviews_archive() -> Path:
-    path = (REAL or Path("nowhere")) / reviews.ARCHIVE
-    if not path.is_file():
-        pytest.skip("the archive of reviews is not here")
-    return path
+ARCHIVE = (REAL or Path("nowhere")) / reviews.ARCHIVE
+with_reviews = pytest.mark.skipif(not ARCHIVE.is_file(), reason="needs the archive of reviews, which is never committed")
 
 
-@pytest.fixture(params=["local", "embedded"])
+@pytest.fixture(params=[pytest.param("local", marks=with_reviews), "embedded"])
 def verdicts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sentiment.SentimentData]:
     """Loads the reviews, and their stand-in."""
     if request.param == "local":
-        monkeypatch.setenv("MANGO_DATA", str(reviews_archive().parents[1]))
+        monkeypatch.setenv("MANGO_DATA", str(ARCHIVE.parents[1]))
     return lambda **options: data.load("movie-sentiment", request.param, **options)  # type: ignore[return-value]
 
 
@@ -93,13 +90,13 @@ def test_evaluation_asks_once_for_every_review_after_its_end(verdicts: Callable[
     assert loaded.scores("test", 0.7, 0.6) == {"accuracy": 0.6}
 
 
+@with_reviews
 def test_verdicts_are_the_archives_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = reviews_archive()
-    monkeypatch.setenv("MANGO_DATA", str(path.parents[1]))
+    monkeypatch.setenv("MANGO_DATA", str(ARCHIVE.parents[1]))
     loaded = data.load("movie-sentiment", "local", sequence=64)
     assert isinstance(loaded, sentiment.SentimentData)
     width = sentiment.REACH + 64 - len(sentiment.PROMPT)
-    whole = io.BytesIO(lzma.decompress(path.read_bytes()))
+    whole = io.BytesIO(lzma.decompress(ARCHIVE.read_bytes()))
     kinds: dict[bytes, str] = {}
     by_folder: dict[str, list[tuple[bytes, bytes]]] = {"pos": [], "neg": []}
     with tarfile.open(fileobj=whole) as archive:

@@ -47,9 +47,8 @@ class ErrorBuffer:
 
         A gradient may have any shape of the same size.
         """
-        rows = [row.view(gradient.shape) for row, gradient in zip(out.unbind(0), gradients, strict=True)]
         if self.store is None:
-            torch._foreach_copy_(rows, list(gradients))
+            torch._foreach_copy_(_shaped(out, gradients), list(gradients))
             return out if sign == 1.0 else out.mul_(sign)
         codec = self._compiled()
         if codec is not None and all(gradient.dtype == torch.float32 and gradient.is_contiguous() for gradient in gradients):
@@ -64,8 +63,7 @@ class ErrorBuffer:
         self.store.read(high)
         if decay != 1.0:
             high.mul_(decay)
-        sums = [row.view(gradient.shape) for row, gradient in zip(high.unbind(0), gradients, strict=True)]
-        torch._foreach_add_(sums, list(gradients), alpha=sign)
+        torch._foreach_add_(_shaped(high, gradients), list(gradients), alpha=sign)
         return out if high is out else out.copy_(high)
 
     def coded(self) -> FourBits | None:
@@ -91,3 +89,8 @@ class ErrorBuffer:
         if self.store is None or self.store.padding or not isinstance(self.store.codec, FourBit) or self.store.codec.double_quant:
             return None
         return self.store.codec if native.ready(self.store.packed.device) else None
+
+
+def _shaped(x: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The layers of x (layers, …), each seen in the shape of the tensor that it belongs to."""
+    return [layer.view(tensor.shape) for layer, tensor in zip(x.unbind(0), like, strict=True)]

@@ -131,7 +131,7 @@ class LayerStack:
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
         integers = self._lifts_in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
-        lift = Lift(as_used if integers else basis, self.rows > self.cols, integers, workspace)
+        lift = Lift(basis, self.rows > self.cols, integers, workspace)
         adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, workspace)
         found = diagnose(self, torch.stack(list(h)).float(), as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
