@@ -28,13 +28,16 @@ def absmax(first: int, last: int, bits: Array, block: int, peaks: Array) -> None
     bits: (n,) int32; peaks: (blocks,) int32, written.
     """
     for b in range(first, last):
-        values = bits[b * block : (b + 1) * block]
-        peak = np.int32(0)
-        for i in range(values.size):
-            magnitude = np.int32(values[i] & MAGNITUDE)
-            if magnitude > peak:
-                peak = magnitude
-        peaks[b] = peak
+        peaks[b] = largest(bits[b * block : (b + 1) * block])
+
+
+@compiled
+def largest(bits: Array) -> Any:
+    """The largest magnitude of one block, as of ``absmax``."""
+    peak = NONE
+    for i in range(bits.size):
+        peak = max(peak, np.int32(bits[i] & MAGNITUDE))
+    return peak
 
 
 @compiled

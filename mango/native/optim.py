@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, look_up, nearest, store
+from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, largest, look_up, nearest, store
 from mango.native.jit import compiled, summing
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -89,18 +89,18 @@ def missed(
                     store(wide, left[i, begin:end])
                 if codes.shape[0]:
                     peaks = scales[i, begin // block : end // block]
-                    _encode(wide[: end - begin], values, peaks, block, unit[: end - begin])
+                    _units(wide[: end - begin], values, peaks, block, unit[: end - begin])
                     nearest(unit[: end - begin], thresholds, order, found, codes[i, begin // 2 : end // 2])
             rows[i] = total
 
 
 @compiled
-def _encode(bits: Array, values: Array, scales: Array, block: int, unit: Array) -> None:
+def _units(bits: Array, values: Array, scales: Array, block: int, unit: Array) -> None:
     """The largest magnitude of each block, and the values divided by it, as in ``encode_nibbles``. bits: the values as int32."""
     for b in range(scales.size):
         begin, end = b * block, (b + 1) * block
         whole, parts = values[begin:end], unit[begin:end]
-        _peak(bits[begin:end], scales[b : b + 1])
+        scales[b : b + 1].view(np.int32)[0] = largest(bits[begin:end])
         inverse = ONE / max(scales[b], TINY)
         for j in range(parts.size):
             parts[j] = whole[j] * inverse
@@ -158,7 +158,7 @@ def to_bytes(first: int, last: int, x: Array, codes: Array, scales: Array, rows:
         for i in range(band * BAND, min((band + 1) * BAND, x.shape[0])):
             found = codes[i]
             _widen(x[i], bits)
-            _peak(bits, scales[i : i + 1])
+            scales[i : i + 1].view(np.int32)[0] = largest(bits)
             peak = scales[i]
             inverse = BYTE / peak if peak > SMALLEST else ZERO
             for j in range(values.size):
@@ -284,21 +284,12 @@ def moments(
             else:
                 for b in range(begin // block, end // block):
                     here, there = b * block - begin, (b + 1) * block - begin
-                    _look_up(wide[here:there], one[here:there], table, entry, mean_codes[i], mean_scales[i], b, block)
-                    _look_up(other[here:there], two[here:there], table, entry, root_codes[i], root_scales[i], b, block)
+                    _store_bytes(wide[here:there], one[here:there], table, entry, mean_codes[i], mean_scales[i], b, block)
+                    _store_bytes(other[here:there], two[here:there], table, entry, root_codes[i], root_scales[i], b, block)
 
 
 @compiled
-def _look_up(bits: Array, values: Array, table: Array, entry: Array, codes: Array, scales: Array, b: int, block: int) -> None:
+def _store_bytes(bits: Array, values: Array, table: Array, entry: Array, codes: Array, scales: Array, b: int, block: int) -> None:
     """Block b of a row in bytes. bits: the values as int32."""
-    _peak(bits, scales[b : b + 1])
+    scales[b : b + 1].view(np.int32)[0] = largest(bits)
     look_up(values, scales[b], table, entry, codes[b * block : (b + 1) * block])
-
-
-@compiled
-def _peak(bits: Array, scale: Array) -> None:
-    """The largest magnitude of float32 seen as int32. scale: (1,) float32, written."""
-    most = np.int32(0)
-    for j in range(bits.size):
-        most = max(most, np.int32(bits[j] & MAGNITUDE))
-    scale.view(np.int32)[0] = most
