@@ -71,7 +71,7 @@ def energy(runs: RunSet) -> pd.DataFrame:
 def draw_energy(runs: RunSet, look: Looks) -> Figure:
     """Left: each variant over time. Right: one variant over depth and time."""
     frame = energy(runs)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(common.TEXT_WIDTH, 2.9), width_ratios=(1, 1.35))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(common.TEXT_WIDTH, 3.2), width_ratios=(1, 1.35))
     left.set(xlabel="step", ylabel="captured energy", ylim=(0, 1.02))
     if not len(frame):
         return figure
@@ -79,7 +79,7 @@ def draw_energy(runs: RunSet, look: Looks) -> Figure:
         mean = part.groupby("step")["energy"].agg(["mean", "min", "max"])
         left.plot(mean.index, mean["mean"], label=runs.runs[str(name)][0].label, **look[str(name)])
         left.fill_between(mean.index, mean["min"], mean["max"], color=look[str(name)]["color"], alpha=0.12, linewidth=0)
-    left.legend(loc="lower right")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     chosen = str(frame["variant"].iloc[0])
     grid = frame[frame["variant"] == chosen].pivot_table(index="layer", columns="step", values="energy", sort=False)
     image = right.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="cividis")
