@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import pairwise
 from math import prod
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
@@ -260,6 +262,13 @@ class ByteMatrices:
         self._largest = scales.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         self._scales = scales / self._largest
         self._a, self._turned, self._workspace = codes.mT if turned else codes, turned, workspace
+
+    def __getitem__(self, index: tuple[EllipsisType, slice]) -> ByteMatrices:
+        """A[..., columns], of the same codes; ``sums`` stay those of all."""
+        part = copy(self)
+        part._a = self._a[index]
+        part._scales = self._scales[index] if self._turned else self._scales
+        return part
 
     def left(self, x: Tensor) -> Tensor:
         """x A (layers, k, n) float32 for x (layers, k, m); valid until the next call."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mango.errors import ConfigError
-from mango.products import ByteMatrices, matmul
+from mango.products import ByteMatrices, matmul, square_sums
 
 # ‖R⁻¹‖² below which one round of CholeskyQR is enough: VᵀV - I then stays below 1e-5, or below the 2^-9 of bfloat16
 ONE_ROUND, ONE_ROUND_ROUGH = 4.0, 1e3
@@ -189,7 +189,7 @@ def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor]:
     With Z = GᵀQ the square is the ratio of successive moments, ‖GGᵀq‖² / ‖Gᵀq‖².
     """
     exact = torch.float64 if z.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(z, dim=-2, dtype=exact).clamp_min(torch.finfo(exact).tiny)
+    norm = _column_norms(z, exact).clamp_min(torch.finfo(exact).tiny)
     if not isinstance(g, Tensor):
         y = g.right(z.mT, norm).mT
     elif g.dtype == torch.bfloat16:
@@ -200,6 +200,13 @@ def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor]:
         y = matmul(g, (z / norm.unsqueeze(-2)).to(g.dtype))
     new, added = _orthonormalize(y, rough=not isinstance(g, Tensor) or g.dtype == torch.bfloat16)
     return _sorted(new, added.square())
+
+
+def _column_norms(z: Tensor, exact: torch.dtype) -> Tensor:
+    """Of z (…, n, k), (…, k); torch would convert a bfloat16 z first, on a CPU."""
+    if z.dtype == torch.bfloat16 and z.ndim == 3 and z.device.type == "cpu":
+        return square_sums(z)[1].sqrt_()
+    return torch.linalg.vector_norm(z, dim=-2, dtype=exact)
 
 
 def _sorted(basis: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,14 +89,17 @@ def test_a_basis_from_bytes_captures_what_one_from_floats_does(turned: bool) -> 
     start, rows = orthonormalize(gaussian((2, 48, 6), (4,))), gaussian((2, 6, 96), (5,))
     for rough, exact in (
         (power_step(start, stack(a, turned))[0], power_step(start, a)[0]),
+        (power_step(start, stack(a, turned)[..., 1::2])[0], power_step(start, a[..., 1::2])[0]),
+        (power_step(start, stack(a, turned)[..., :48])[0], power_step(start, a[..., :48])[0]),
         (half_step(stack(a, turned), rows), half_step(a, rows)),
     ):
         assert float((rough.mT @ rough - torch.eye(6)).abs().max()) < 1e-2
         assert torch.allclose(captured_energy(rough, a), captured_energy(exact, a), rtol=5e-3)
+    assert float((power_step(start, stack(a, turned)[..., :48])[0] - power_step(start, a)[0]).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
-@pytest.mark.parametrize("plan", [{}, {"error": "none"}, {"error": "none", "power": "half", "scaling": "column"}])
+@pytest.mark.parametrize("plan", [{}, {"error": "none"}, {"power": "half"}, {"error": "none", "power": "sampled", "scaling": "column"}])
 def test_training_with_bytes_is_training(shape: tuple[int, int], plan: dict[str, str]) -> None:
     """A regression on random inputs: as near to the truth, from a distance of 1, as with float32."""
 

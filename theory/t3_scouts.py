@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mango import Subspace
-from mango.subspace import half_step
+from mango.subspace import half_step, power_step
 from theory import search
 from theory.algebra import everywhere, identity, letters, nonnegative, transpose, words
 from theory.base import Case, Check, Step, Theorem
@@ -42,6 +42,9 @@ entries do
 not suffice, and scouts that $G$ may depend on, such as reused ones, give $\alpha=0$.
 Half a step needs one product less: if the span of $Q$ contains the columns of $G^\top[Y,Z]$ for any $Y\in\mathbb{R}^{m\times(k-j)}$ and a
 Gaussian $Z\in\mathbb{R}^{m\times j}$ independent of $(Y,G)$, then $\mathbb{E}\|G-GQQ^\top\|^2\le(1-j/n)\|G\|^2$.
+A step may also see a part of $G$ alone: if $Q$ spans what a power step on $G_J$ makes of $[V,S]$, where $J$ are rows of $G$ drawn
+independently of $G$, each with probability $p$, and then $Z$ independently of $(V,G,J)$, then
+$\mathbb{E}\|G-GQQ^\top\|^2\le(1-p\alpha)\|G\|^2$.
 """
 
 
@@ -119,6 +122,7 @@ def proof() -> list[Step]:
             g,
         ),
         *_half_step(),
+        *_sampled(),
     ]
 
 
@@ -146,6 +150,29 @@ def _half_step() -> list[Step]:
             r"so that after all, with $n=d+l$, $(1-\frac jn)-(1-\frac jd)=\frac{jl}{d(d+l)}\ge0$: the bound holds whatever $Y$ is.",
             (1 - j / n).subs(n, d + last) - (1 - j / d),
             [j * last / (d * (d + last))],
+        ),
+    ]
+
+
+def _sampled() -> list[Step]:
+    one, other, hit, rest, share, alpha, gain, both = sp.symbols("a b c d p alpha epsilon delta", nonnegative=True)
+    return [
+        identity(
+            r"A sample. Squares of rows add, whatever $Q$ is (two rows $a,b$ of $G$, two columns of $Q$):",
+            sum(entry**2 for entry in sp.Matrix(2, 2, sp.symbols("a_1 b_1 a_2 b_2"))),
+            sum(entry**2 for name in ("a", "b") for entry in sp.symbols(f"{name}_1 {name}_2")),
+        ),
+        nonnegative(
+            r"so that $\|GQ\|^2=\|G_JQ\|^2+d$ with $d\ge0$ from the rows that were not seen. As $\|G_JQ\|^2=\alpha\|G_J\|^2+\varepsilon$ "
+            r"in the mean over the scouts, with $\varepsilon\ge0$ by the above for the matrix $G_J$ ($c=\|G_J\|^2$),",
+            (alpha * hit + gain + rest) - alpha * hit,
+            [gain, rest],
+        ),
+        identity(
+            r"and a row that is in $J$ with probability $p$ counts $p$ times in the mean of $\|G_J\|^2$ (two rows, of squared norms $a,b$, "
+            r"drawn with any correlation: both with probability $\delta$, either alone with $p-\delta$).",
+            both * (one + other) + (share - both) * one + (share - both) * other,
+            share * (one + other),
         ),
     ]
 
@@ -194,6 +221,7 @@ def check(seed: int) -> Check:
         line = scout_errors(dim, rank, scouts, 4096, seed, flat=False)
         cases.append(Case(f"{label}: one hidden direction, standard errors from the bound", 5.0, _sigmas(line, bound)))
     cases += half_step_cases(seed)
+    cases += sampled_cases(seed)
     attacks = adversary(seed)
     for attack, sigmas in attacks["sigmas"].items():
         cases.append(Case(f"n=12, k=4, j=2: {attack} on fresh scouts, standard errors above the bound", 5.0, sigmas))
@@ -222,9 +250,35 @@ def half_step_cases(seed: int, dim: int = 12, draws: int = 4096) -> list[Case]:
     return cases
 
 
+def sampled_cases(seed: int, dim: int = 12, draws: int = 4096) -> list[Case]:
+    """``mango.subspace.power_step`` on one of two halves of the columns: its worst case is a matrix that lies in one of them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def gaussian(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    axes = torch.linalg.qr(gaussian(dim, dim)).Q
+    kept, last, hidden = axes[:, :3], axes[:, 3:4], axes[:, 4:]
+    faint, none = 1e-3 * kept, torch.zeros(dim, 9, dtype=torch.float64)  # what the basis holds is seen again, so it is not replaced
+    apart = torch.cat([hidden, faint, none[:, :1], faint, 1e-3 * last, none[:, :8]], dim=-1)  # the right half sends scouts astray
+    steep = gaussian(dim, 24) * 0.7 ** torch.arange(24)
+    start = torch.cat([kept, torch.zeros_like(last)], dim=-1).expand(draws, -1, -1)  # the last column is the scout's
+    cases = []
+    for label, g, alternate in (("in one half", apart, False), ("steep", steep, False), ("steep, alternate columns", steep, True)):
+        left = []
+        for half in (g[:, ::2], g[:, 1::2]) if alternate else (g[:, :12], g[:, 12:]):
+            basis, _ = power_step(start, half.expand(draws, -1, -1), gaussian(draws, dim, 1))
+            left.append(float(_left(g, basis).mean()))
+        cases.append(Case(f"sampled, n={dim}, k=4, j=1: {label}", 1.0 - 1 / 9 / 2, sum(left) / 2))
+    return cases
+
+
 def _left_by_half_step(g: Tensor, start: Tensor) -> Tensor:
     """Relative error of the basis of each draw, (draws,)."""
-    basis = half_step(g.expand(len(start), *g.shape), start)
+    return _left(g, half_step(g.expand(len(start), *g.shape), start))
+
+
+def _left(g: Tensor, basis: Tensor) -> Tensor:
     return (g - basis @ (basis.mT @ g)).square().sum((-2, -1)) / g.square().sum()
 
 

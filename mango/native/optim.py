@@ -68,7 +68,7 @@ def missed(
     and order are those of ``encode_nibbles``.
     """
     wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
-    difference, minus = wide.view(np.float32), other.view(np.float32)
+    minus = other.view(np.float32)
     unit, found = np.empty(TILE, np.float32), np.empty(TILE, np.uint8)
     for band in range(first, last):
         columns[band] = ZERO
@@ -76,20 +76,23 @@ def missed(
             total = ZERO
             for begin in range(0, h.shape[1], TILE):
                 end = min(begin + TILE, h.shape[1])
-                sums, values = columns[band, begin:end], difference[: end - begin]
-                _widen(h[i, begin:end], wide)
+                sums = columns[band, begin:end]
                 if product.shape[0]:
+                    _widen(h[i, begin:end], wide)
                     _floats(product[i, begin:end], along, i, down[begin:end], other, minus)
+                    bits = wide[: end - begin]
+                    values = bits.view(np.float32)
                     for j in range(values.size):
                         values[j] -= minus[j]
-                for j in range(values.size):
-                    sums[j] += values[j] * values[j]
-                total += _sum_of_squares(values)
+                else:
+                    bits = _as_floats(h[i, begin:end], wide)
+                    values = bits.view(np.float32)
+                total += _add_squares(values, sums)
                 if left.shape[0]:
-                    store(wide, left[i, begin:end])
+                    store(bits, left[i, begin:end])
                 if codes.shape[0]:
                     peaks = scales[i, begin // block : end // block]
-                    _units(wide[: end - begin], values, peaks, block, unit[: end - begin])
+                    _units(bits, values, peaks, block, unit[: end - begin])
                     nearest(unit[: end - begin], thresholds, order, found, codes[i, begin // 2 : end // 2])
             rows[i] = total
 
@@ -118,6 +121,15 @@ def _widen(bits: Array, wide: Array) -> None:
 
 
 @compiled
+def _as_floats(bits: Array, wide: Array) -> Array:
+    """The bits of float32, where they are or in wide."""
+    if bits.itemsize == 2:
+        _widen(bits, wide)
+        return wide[: bits.size]
+    return bits.view(np.int32)
+
+
+@compiled
 def scaled(first: int, last: int, sums: Array, along: Array, down: Array, out: Array) -> None:
     """out (rows, cols) float32 = sums along down, int32, (rows,) and (cols,) float32, rows ``first`` to ``last``."""
     for i in range(first, last):
@@ -136,10 +148,13 @@ def _floats(bits: Array, along: Array, row: int, down: Array, wide: Array, value
 
 
 @summing
-def _sum_of_squares(values: Array) -> Any:
+def _add_squares(values: Array, sums: Array) -> Any:
+    """sums += values²; returns what is added."""
     total = ZERO
     for j in range(values.size):
-        total += values[j] * values[j]
+        square = values[j] * values[j]
+        sums[j] += square
+        total += square
     return total
 
 
@@ -165,10 +180,7 @@ def to_bytes(first: int, last: int, x: Array, codes: Array, scales: Array, rows:
                 found[j] = np.int8(np.int32(np.rint(values[j] * inverse)))
             scales[i] = peak * PER_BYTE
             if columns.shape[0]:
-                sums = columns[band]
-                for j in range(values.size):
-                    sums[j] += values[j] * values[j]
-                rows[i] = _sum_of_squares(values)
+                rows[i] = _add_squares(values, columns[band])
 
 
 @compiled
@@ -218,19 +230,29 @@ def apply(
     (cols,), float32; sign: 1, or -1 where g is ascended.
     """
     wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
-    values, added = wide.view(np.float32), other.view(np.float32)
+    added = other.view(np.float32)
     for i in range(first, last):
         scale = by_row[i]
         for begin in range(0, w.shape[1], TILE):
             end = min(begin + TILE, w.shape[1])
             weights, scales, slope = w[i, begin:end], by_column[begin:end], g[i, begin:end]
-            _widen(left[i, begin:end], wide)
-            _floats(plus[i, begin:end], along, i, down[begin:end], other, added)
-            for j in range(weights.size):
-                x = values[j] * scale * scales[j] + added[j]
-                up = slope[j] * sign
-                agrees = (x < ZERO) & (up > ZERO) | (x > ZERO) & (up < ZERO)
-                weights[j] = weights[j] * decay + x * (longer if agrees else shorter)
+            values = _as_floats(left[i, begin:end], wide).view(np.float32)
+            if down.size:
+                sums, height, factors = plus[i, begin:end], along[i], down[begin:end]
+                for j in range(weights.size):
+                    x = values[j] * scale * scales[j] + np.float32(sums[j]) * height * factors[j]
+                    weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
+            else:
+                _widen(plus[i, begin:end], other)
+                for j in range(weights.size):
+                    x = values[j] * scale * scales[j] + added[j]
+                    weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
+
+
+@compiled
+def _stepped(weight: float, x: float, up: float, decay: float, longer: float, shorter: float) -> Any:
+    agrees = (x < ZERO) & (up > ZERO) | (x > ZERO) & (up < ZERO)
+    return weight * decay + x * (longer if agrees else shorter)
 
 
 @compiled

@@ -76,7 +76,7 @@ class LayerStack:
         self.small, self.large = min(rows, cols), max(rows, cols)
         self.rank = plan.columns(rows, cols, name)
         self.scouts = min(plan.scouts, self.rank) if self.rank < self.small else 0
-        self.half = plan.half(rows, cols)
+        self.power = plan.moves(rows, cols)
         self.basis = Stacked(plan.basis_codec, layers, (self.small, self.rank), device)
         self.moments = Moments(plan.moment_codec, layers, self.rank, self.large, device)
         stepped = plan.residual and self.rank < self.small
@@ -130,30 +130,27 @@ class LayerStack:
         exact = self._project(basis, a)  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
-        integers = self._lifts_in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
-        lift = Lift(basis, self.rows > self.cols, integers, workspace)
         adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, workspace)
         found = diagnose(self, torch.stack(list(h)).float(), as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
-        residual, scale, missed = self.residual, None, bool(self.extras())  # whether H - PU is needed
-        if residual is not None and not missed:  # D = H s + P (A - U s), and the norm of H - PU by Pythagoras
-            captured = square_sums(exact)[1]
-            total = residual.across(sums_of_h if sums_of_h is not None else square_sums(h))
-            scale = residual.column_scale((total - captured).clamp_min(0.0), captured if u is exact else square_sums(u)[1], adam)
-            adam.addcmul_(u, residual.across(scale).unsqueeze(-2), value=-1.0)
-        each = self.layers if self.error.store is not None else max(1, STACK_VALUES // (self.rows * self.cols))
+        residual, scale, kept = self.residual, None, self.error.store is not None
+        if residual is not None and not kept:  # D = a (H s + P (A - U s)): F is not formed, and one product lifts both parts
+            a, s = residual.unformed(sums_of_h if sums_of_h is not None else square_sums(h), exact, u, adam, hyper)
+            adam.addcmul_(u, s.unsqueeze(-2), value=-1.0)
+            basis, scale = (as_used * a.unsqueeze(-1)).to(dtype), ((a, s) if self.rows <= self.cols else (s, a))
+        integers = self._lifts_in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
+        lift = Lift(basis, self.rows > self.cols, integers, workspace)
+        each = self.layers if kept else max(1, STACK_VALUES // (self.rows * self.cols))
         whole = not (residual is not None and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations
         for first in range(0, self.layers, each):
             part = slice(first, first + each)
             left, along = h[part], adam[part]
             scales = None if scale is None else (scale[0][part], scale[1][part])
-            if missed:
-                left, sums = self._missed(left, lift.products(u, part, "product", whole), workspace, generator)
-                if residual is not None and residual.means:
-                    scales = residual.factored_scale(sums, along, hyper, part)
-                elif residual is not None:
-                    scales = residual.column_scale(residual.across(sums), square_sums(u[part])[1], along)
+            if kept:
+                sums = self._missed(cast(Tensor, left), lift.products(u, part, "product", whole), generator)
+                if residual is not None:
+                    scales = residual.formed(sums, u, along, hyper)
             along.mul_(-hyper.lr)
             for here, rows, step in lift.products(adam, part, "step", whole):
                 factors = None if scales is None else (scales[0][here, rows], scales[1][here])
@@ -161,30 +158,20 @@ class LayerStack:
         return found
 
     def _missed(
-        self,
-        h: Tensor | Sequence[Tensor],
-        products: Iterator[tuple[slice, slice, Product]],
-        workspace: Workspace,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """H - PU (layers, rows, cols), in the place of H where it is to be kept, and kept; and the sums of its squares, as of
-        ``square_sums``."""
-        shape = (len(h), self.rows, self.cols)
-        rest = cast(Tensor, h) if self.error.store is not None else None
+        self, h: Tensor, products: Iterator[tuple[slice, slice, Product]], generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """H <- H - PU (layers, rows, cols), which is also kept. Returns the sums of its squares, as of ``square_sums``."""
         coded = self.error.coded()
-        along, down = torch.empty(shape[:2], device=self.device), torch.zeros(shape[0], self.cols, device=self.device)
+        along, down = torch.empty(h.shape[:2], device=self.device), torch.zeros(len(h), self.cols, device=self.device)
         for here, rows, product in products:
-            if rest is None:  # what is not kept need not be more precise than PU
-                rest = product.values if product.scales is None else workspace.take("rest", shape, torch.bfloat16)
             into = None if coded is None else coded.band(here, rows)
-            along[here, rows], sums = square_sums(_band(h, here, rows), product, rest[here, rows], into)
+            along[here, rows], sums = square_sums(h[here, rows], product, h[here, rows], into)
             down[here] += sums
-        rest = cast(Tensor, rest)
         if coded is None:
-            self.error.keep(rest, generator=generator)
+            self.error.keep(h, generator=generator)
         elif not all_finite(coded.scales.view(-1)):
             raise NonFinite("the error holds NaN, infinity or a value beyond float32")
-        return rest, (along, down)
+        return along, down
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor | Sequence[Tensor]:
         """H = G + b E (layers, rows, cols); the gradients themselves where they need neither error, nor sign or conversion.
@@ -216,7 +203,7 @@ class LayerStack:
         self, h: Tensor | Sequence[Tensor], dtype: torch.dtype, hyper: Hyper, workspace: Workspace
     ) -> tuple[Matrix, tuple[Tensor, Tensor] | None]:
         """H (layers, rows, cols) as it is multiplied, A (layers, m, n); and ``square_sums(h)`` where they are needed and cost nothing."""
-        turned, summed = self.rows > self.cols, not self.extras()
+        turned, summed = self.rows > self.cols, self.residual is not None and self.error.store is None
         if self._bytes(hyper):
             a = ByteMatrices(h, turned, workspace, summed)
             return a, a.sums
@@ -233,22 +220,31 @@ class LayerStack:
         return low.mT if turned else low, sums
 
     def _project(self, basis: Tensor, a: Matrix) -> Tensor:
-        """PᵀA (layers, r, n) float32; of a tall matrix, products in the other order are a seventh faster."""
-        if isinstance(a, ByteMatrices):
-            return a.left(basis.mT.float())
-        return matmul(basis.mT, a).float() if self.rows <= self.cols else matmul(a.mT, basis).mT.float().contiguous()
+        """PᵀA (layers, r, n) float32."""
+        return a.left(basis.mT.float()) if isinstance(a, ByteMatrices) else matmul(basis.mT, a).float()
 
     def _track(self, a: Matrix, old: Tensor, mean: Tensor, hyper: Hyper, generators: Sequence[torch.Generator | None]) -> Tensor:
         """The new basis (layers, m, r) for H (layers, m, n), strongest column first; scouts replace the weakest directions of the start.
 
         That is the basis before, or with half a step the first moment in it, ``mean`` (layers, r, n).
         """
-        fresh = self.rank if hyper.step == 1 else self.scouts
-        shape = (fresh, self.large) if self.half else (self.small, fresh)
+        fresh, half = self.rank if hyper.step == 1 else self.scouts, self.power == "half"
+        shape = (fresh, self.large) if half else (self.small, fresh)
         scouts = torch.stack([torch.randn(shape, generator=generator, device=self.device) for generator in generators])
-        if not self.half:
-            return power_step(old, a, scouts)[0]
-        return half_step(a, scouts if fresh == self.rank else torch.cat([mean[:, : self.rank - fresh], scouts], dim=-2))
+        if half:
+            return half_step(a, scouts if fresh == self.rank else torch.cat([mean[:, : self.rank - fresh], scouts], dim=-2))
+        return power_step(old, a[..., self._sample(hyper)] if self.power == "sampled" else a, scouts)[0]
+
+    def _sample(self, hyper: Hyper) -> slice:
+        """Half of the n columns of H: each is in it with a probability of 1/2, whatever H is and the other counters were.
+
+        Every other row of a tall matrix, whose rows may be heads or parts of a fused projection one after another, and the left or the
+        right half of a wide one: both are multiplied where they lie. One draw serves all layers of a step, however they are stacked.
+        """
+        second = bool(torch.randint(2, (1,), generator=counter_generator(hyper.seeds[0][:2])))  # on the host, which needs the answer
+        if self.rows > self.cols:
+            return slice(int(second), None, 2)
+        return slice(self.large // 2, None) if second else slice(self.large // 2)
 
     def _apply(
         self,
@@ -296,7 +292,8 @@ class LayerStack:
         return 0.0 if self._halves(hyper) or self._lifts_in_bytes(hyper) else self.contraction()
 
     def contraction(self) -> float:
-        """T3 and T4: that which H -> P q(PᵀH) has for every H, in expectation over the scouts, with float32 products."""
-        half = self.scouts / self.small if self.rank < self.small else 1.0
-        basis = half if self.half else scout_alpha(self.small, self.rank, self.scouts)
+        """T3 and T4: that which H -> P q(PᵀH) has for every H, in expectation over scouts and samples, with float32 products."""
+        basis = scout_alpha(self.small, self.rank, self.scouts)
+        if self.rank < self.small and self.power != "full":
+            basis = self.scouts / self.small if self.power == "half" else basis / 2
         return basis * (self.factor.alpha() if self.factor is not None else 1.0)

@@ -45,10 +45,11 @@ class Mango(Planned):
         E &= F                                      && \text{kept as the plan says} \\
         W &\leftarrow (1 - \eta\lambda) W - \eta D \circ (1 + c \text{ where } D_{ij} G_{ij} > 0, \text{ else } 1 - c)
 
-    or, with ``power="half"``, P = orth(H [M', S]ᵀ) from the momentum. The map H -> PU contracts with T3's certificate in expectation over
-    the scouts. Between steps only P, M, sqrt(V) and E are kept, each through the codec that the plan names. Tensors with fewer than two
-    dimensions or 4096 values, LoRA's factors (known by peft's names) and groups with ``plan=None`` are stepped by plain AdamW with
-    float32 moments.
+    or, with ``power="sampled"``, with half of the columns of H in the second line, and with "half" P = orth(H [M', S]ᵀ) from the momentum.
+    Without stored error F is not formed: D = diag(a) (P A + F diag(s)), where a, of mean square 1, is made of the rows of H in the place of
+    those of F, and scales P A too. The map H -> PU contracts with T3's certificate in expectation over the scouts. Between steps only P, M,
+    sqrt(V), E and the running means are kept, each through the codec that the plan names. Tensors with fewer than two dimensions or 4096
+    values, LoRA's factors (known by peft's names) and groups with ``plan=None`` are stepped by plain AdamW with float32 moments.
 
     Sources: GaLore (arXiv:2403.03507) for Adam on a projected gradient, Fira (arXiv:2410.01623) for stepping along the residual,
     Adafactor (arXiv:1804.04235) for its scales, LDAdam (arXiv:2410.16103) for moments that follow the basis and for the kept error,

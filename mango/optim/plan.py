@@ -14,7 +14,8 @@ from mango.feedback.buffer import KINDS
 from mango.fields import build
 
 SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
-POWERS = ("auto", "full", "half")
+POWERS = ("auto", "full", "sampled", "half")
+SPARE = 4  # columns of a sample for each of the basis: fewer than that do not show its weak directions
 ELONGATED = 16  # ratio of the sides that embeddings, heads and depthwise convolutions have; MLPs have up to 8, other convolutions mostly 9
 SCALINGS = ("factored", "column")
 EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
@@ -50,10 +51,11 @@ class LayerPlan:
     Attributes:
         rank: columns of the basis: an integer, or a fraction in (0, 1] of the smaller matrix dimension (rounded down, at least 1).
         scouts: directions of the start that are fresh Gaussian ones before each step (T3); fewer when the rank is smaller.
-        power: how the basis moves: "full", one power step from the basis before, or "half", half a step from the momentum, which is one
-            product with the gradient cheaper and on language models a little worse. "auto" is "half" for matrices whose sides are as 16 to
-            1 or more, such as embeddings: a gradient of which a few rows are not zero would turn the whole basis to the words of its
-            batch, and mix the moments of all others. Else it is "full".
+        power: how the basis moves: "full", one power step from the basis before; "sampled", one that sees half of the gradient along its
+            larger side, drawn anew before each step, which costs half as much and on language models is a little worse ("full" where
+            that half is less than four for each direction of the basis); or "half", half a step from the momentum. "auto" is "half" for
+            matrices whose sides are as 16 to 1 or more, such as embeddings: a gradient of which a few rows are not zero would turn the
+            whole basis to the words of its batch, and mix the moments of all others. Else it is "full".
         basis_codec: how the basis is kept between steps. It is orthonormalised again before it is used (T4).
         factor_codec: quantise the factor U = PᵀH too (LRQ, T4); None leaves it exact.
         moment_codec: how the moments of U are kept: the first as it is, the second as its square root.
@@ -64,7 +66,8 @@ class LayerPlan:
             batches. 0.95 remembers about twenty gradients, twice as many as Adam's first moment; language models do worse with 0.9.
         residual: also step along the part of H that the basis missed.
         scaling: how that part is scaled: "factored", divided by the roots of the mean squares of its rows and columns (Adafactor), or
-            "column", by the adaptive part's length in each column (Fira), which needs no state and, without error, one product less.
+            "column", by the adaptive part's length in each column (Fira), which needs no state. Without error the scales of the smaller
+            side are those of the gradient, and scale the captured part too: then what the basis missed need not be formed.
         caution: c in [0, 1]: coordinates of the step whose sign is that of this step's gradient are multiplied by 1 + c, the others, zero
             gradients included, by 1 - c. Momentum and kept error are up to twenty gradients old, and where they have become wrong this
             is seen at once. 1 takes no coordinate against its gradient, as Cautious Optimizers do (arXiv:2411.16085; they then rescale
@@ -117,9 +120,13 @@ class LayerPlan:
         """The fields as plain values, for ``state_dict``."""
         return asdict(self)
 
-    def half(self, rows: int, cols: int) -> bool:
-        """Whether the basis of a matrix of this shape moves by half a power step."""
-        return self.power == "half" or (self.power == "auto" and max(rows, cols) >= ELONGATED * min(rows, cols))
+    def moves(self, rows: int, cols: int) -> str:
+        """How the basis of a matrix of this shape moves: ``power`` as it comes out, "full", "sampled" or "half"."""
+        small, large = sorted((rows, cols))
+        power = self.power
+        if power == "auto":
+            power = "half" if large >= ELONGATED * small else "full"
+        return "full" if power == "sampled" and large < 2 * SPARE * self.columns(rows, cols) else power
 
     def columns(self, rows: int, cols: int, name: str = "parameter") -> int:
         """The rank for a matrix of this shape. Raises ConfigError when an integer rank is above the smaller dimension."""

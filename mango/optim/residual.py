@@ -13,6 +13,9 @@ from mango.stacked import Stacked
 if TYPE_CHECKING:
     from mango.optim.layers import Hyper
 
+HUGE = 1e37  # a sum of squares that overflows counts as this
+FAINT = 1 / 256  # of the squares of H: what is weaker counts as this, for it may be the rounding of bfloat16
+
 
 class Residual:
     """Scales of the residual F = H - PU of a stack of layers, for its rows and for its columns.
@@ -35,13 +38,46 @@ class Residual:
         sides = {"rows_sq": self.rows, "cols_sq": self.cols} if scaling == "factored" else {}
         self.means = {name: Stacked("fp32", layers, (side,), device) for name, side in sides.items()}
 
-    def across(self, sums: tuple[Tensor, Tensor]) -> Tensor:
-        """Of something along rows and down columns: that over the smaller dimension, (layers, n)."""
-        return sums[1] if self.rows <= self.cols else sums[0]
+    def formed(self, sums: tuple[Tensor, Tensor], u: Tensor, adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+        """Scales s, t of D = P A + diag(s) F diag(t), (layers, rows) and (layers, cols).
 
-    def factored_scale(self, sums: tuple[Tensor, Tensor], adam: Tensor, hyper: Hyper, part: slice) -> tuple[Tensor, Tensor]:
-        """Scales along rows (layers, rows) and down columns (layers, cols) of the residual: Adafactor's (arXiv:1804.04235), bounded.
-        For the layers of ``part``, of which sums and adam are.
+        sums: of squares of F, along its rows and down its columns; u, adam: U and A (layers, r, n).
+        """
+        if self.means:
+            along, down, bound = self._factored(sums, adam, hyper)
+            return along * bound, down
+        scale = self._column(self._sides(sums)[1], square_sums(u)[1], adam)
+        return self._sides((torch.ones(self.layers, self.small, device=self.device), scale))
+
+    def unformed(self, sums: tuple[Tensor, Tensor], exact: Tensor, u: Tensor, adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+        """Scales a, s of D = diag(a) (P A + F diag(s)), (layers, m) and (layers, n), for an F that is not at hand.
+
+        F diag(s) + P A is H diag(s) + P (A - U diag(s)): one product with P where two are needed if a scales F alone. On CIFAR-10 and on
+        text what is captured does as well or better with a, which has mean square 1. How F is spread over n follows by
+        Pythagoras; over m it is taken to be as H is.
+
+        sums: of squares of H, along its rows and down its columns; exact: PᵀH, and u: it as it is used, (layers, r, n).
+        """
+        captured = square_sums(exact)[1].clamp_max_(HUGE)
+        along, across = (side.clamp_max(HUGE) for side in self._sides(sums))
+        if not self.means:
+            scale = self._column((across - captured).clamp_min_(0.0), captured if u is exact else square_sums(u)[1], adam)
+            return torch.ones(self.layers, self.small, device=self.device), scale
+        along = torch.maximum(along, FAINT * along.mean(dim=-1, keepdim=True))
+        missed = torch.maximum(across - captured, FAINT * across)  # (layers, n)
+        peak = across.amax(dim=-1, keepdim=True).clamp_min(1e-30)
+        share = (missed / peak).sum(dim=-1, keepdim=True) / (across / peak).sum(dim=-1, keepdim=True).clamp_min(1e-30)
+        *scales, bound = self._factored(self._sides((along * share, missed)), adam, hyper)
+        a, s = self._sides((scales[0], scales[1]))
+        size = torch.linalg.vector_norm(a, dim=-1, keepdim=True) / self.small**0.5  # (layers, 1)
+        return a / size, s * (size * bound)
+
+    def _sides(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Something for rows and columns as that for the smaller and the larger dimension; and the other way round."""
+        return pair if self.rows <= self.cols else pair[::-1]
+
+    def _factored(self, sums: tuple[Tensor, Tensor], adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+        """Adafactor's scales (arXiv:1804.04235), (layers, rows) and (layers, cols), and what bounds their product, (layers, 1).
 
         Adafactor divides by the roots of running means of squares, rows times columns over their mean, so that every row and column of
         what the basis missed is stepped alike, however its strength is spread; Fira's one scale for each column leaves the rows as
@@ -52,10 +88,10 @@ class Residual:
         beta2 = hyper.betas[1]
         along, down = sums
         # (layers, rows), (layers, cols); sums that overflow must not stay infinite in the means
-        now = (along / self.cols).clamp_max_(1e37), (down / self.rows).clamp_max_(1e37)
+        now = (along / self.cols).clamp_max_(HUGE), (down / self.rows).clamp_max_(HUGE)
         means = []
         for store, seen in zip(self.means.values(), now, strict=True):
-            mean = store.parts()["values"][part].lerp_(seen, 1.0 - beta2)  # kept in float32: changed in place
+            mean = store.parts()["values"].lerp_(seen, 1.0 - beta2)  # kept in float32: changed in place
             means.append(torch.maximum(mean / (1.0 - beta2**hyper.step), seen).clamp_min_(1e-30))
         rows, cols = means
         # (layers, 1); the two means are one number until the stronger is taken, and either alone would depend on the orientation
@@ -66,10 +102,10 @@ class Residual:
         captured = torch.linalg.vector_norm(adam, dim=(-2, -1)).square_().unsqueeze(-1) / (self.rank * self.large)
         most = captured * ((self.small - self.rank) / self.small)
         bound = (most / strength.clamp_min(1e-30)).sqrt_().clamp_max_(1.0)
-        return (middle / rows).sqrt_() * bound, cols.rsqrt()
+        return (middle / rows).sqrt_(), cols.rsqrt(), bound
 
-    def column_scale(self, missed: Tensor, captured: Tensor, adam: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, from squared column norms of the residual and of U, (layers, n) each: Fira's ‖A_j‖ / ‖U_j‖ (arXiv:2410.01623), bounded.
+    def _column(self, missed: Tensor, captured: Tensor, adam: Tensor) -> Tensor:
+        """The same, (layers, n), from squared column norms of the residual and of U: Fira's ‖A_j‖ / ‖U_j‖ (arXiv:2410.01623), bounded.
 
         Fira's ratio has no bound where a column of U happens to be small, and Fira then limits the growth of the whole
         residual from step to step. We bound each column instead: per dimension the residual is never stepped further than the captured
@@ -77,6 +113,4 @@ class Residual:
         """
         bound = torch.maximum(captured, self.rank / (self.small - self.rank) * missed).sqrt_()
         # a dead column (zero gradient, momentum left) must give a finite scale: infinity times its zero residual is not a number
-        scale = square_sums(adam)[1].sqrt_() / bound.clamp_min_(1e-30)
-        ones = torch.ones(self.layers, self.small, device=self.device)
-        return (ones, scale) if self.rows <= self.cols else (scale, ones)
+        return square_sums(adam)[1].sqrt_() / bound.clamp_min_(1e-30)
