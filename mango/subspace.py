@@ -167,11 +167,12 @@ def power_step(
     k = basis.shape[-1]
     q = basis.to(torch.float64 if basis.dtype == torch.float64 else torch.float32)
     if scouts is not None and scouts.shape[-1]:
-        kept = q[..., : k - scouts.shape[-1]]
-        fresh = scouts.to(q.dtype)
-        fresh = fresh - kept @ (kept.mT @ fresh)
+        fresh, kept = scouts.to(q.dtype), k - scouts.shape[-1]
+        inside = q.mT @ fresh  # of all columns, since products with some of them would copy these
+        inside[..., kept:, :] = 0.0
+        fresh = fresh - q @ inside
         fresh = fresh / torch.linalg.vector_norm(fresh, dim=-2, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
-        q = torch.cat([kept, fresh], dim=-1)
+        q = torch.cat([q[..., :kept], fresh], dim=-1)
     if isinstance(g, ByteMatrices):
         return _forward(g, g.left(q.mT).mT)
     if isinstance(g, Tensor):
@@ -193,12 +194,13 @@ def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(g, Tensor):
         y = g.right(z.mT, norm).mT
     elif g.dtype == torch.bfloat16:
-        # a power of two changes no digit, and a small gradient's square would underflow
-        scale = torch.exp2(-norm.amax(dim=-1, keepdim=True).log2().floor())  # (…, 1)
-        y = matmul(g, z.to(g.dtype) * scale.unsqueeze(-1).to(g.dtype)) / (norm * scale).unsqueeze(-2)
+        scale = torch.exp2(-norm.log2().floor())  # (…, k): powers of two change no digit
+        y, norm = matmul(g, z.to(g.dtype) * scale.unsqueeze(-2).to(g.dtype)), norm * scale
+        new, added = _orthonormalize(y, rough=True)
+        return _sorted(new, (added / norm).square())
     else:
         y = matmul(g, (z / norm.unsqueeze(-2)).to(g.dtype))
-    new, added = _orthonormalize(y, rough=not isinstance(g, Tensor) or g.dtype == torch.bfloat16)
+    new, added = _orthonormalize(y, rough=not isinstance(g, Tensor))
     return _sorted(new, added.square())
 
 

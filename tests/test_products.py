@@ -160,7 +160,7 @@ def test_weak_directions_survive_the_default_arithmetic() -> None:
     for matmul in ("auto", "int8"):
         hyper = Hyper(1e-3, (0.9, 0.999), 1e-8, 0.0, False, 1, [(0,)], matmul)
         used = basis.bfloat16()
-        found = stack._project(used, stack._operand(h, torch.bfloat16, hyper, Workspace(CPU))[0])
+        found = stack._project(used, stack._operand(h, torch.bfloat16, hyper, Workspace(CPU))[0], Workspace(CPU))
         exact = used.float().mT @ h
         worst[matmul] = float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
     assert worst["auto"] < 0.02

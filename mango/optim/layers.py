@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -127,51 +127,55 @@ class LayerStack:
 
         old, mean = self.basis.read(), self.moments.read_first(dtype, workspace)  # (layers, m, r), (layers, r, n)
         basis = self._track(a, old, mean, hyper, generators).to(dtype)
-        exact = self._project(basis, a)  # (layers, r, n)
+        exact = self._project(basis, a, workspace)  # (layers, r, n)
         u = exact if self.factor is None else self.factor.decode(self.factor.encode(exact, generator=generator))
         as_used = basis.float()
         adam = self.moments.step(u, rotation(basis, old).float(), mean, hyper, workspace)
         found = diagnose(self, torch.stack(list(h)).float(), as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
-        residual, scale, kept = self.residual, None, self.error.store is not None
-        if residual is not None and not kept:  # D = a (H s + P (A - U s)): F is not formed, and one product lifts both parts
-            a, s = residual.unformed(sums_of_h if sums_of_h is not None else square_sums(h), exact, u, adam, hyper)
-            adam.addcmul_(u, s.unsqueeze(-2), value=-1.0)
-            basis, scale = (as_used * a.unsqueeze(-1)).to(dtype), ((a, s) if self.rows <= self.cols else (s, a))
         integers = self._lifts_in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
-        lift = Lift(basis, self.rows > self.cols, integers, workspace)
+        residual, scale, kept = self.residual, None, self.error.store is not None
+        if kept:
+            sums_of_h, sums = self._missed(cast(Tensor, h), Lift(basis, self.rows > self.cols, integers, workspace), u, generator)
+        lifted = as_used * -hyper.lr
+        if residual is not None:  # D = diag(a) (F diag(s) + P A), or H diag(s) + P (A - U diag(s)) where F is not formed
+            sums_of_h = square_sums(h) if sums_of_h is None else sums_of_h
+            missed = residual.across(sums) if kept else residual.missed(sums_of_h, exact)
+            (a, s), scale = residual.scales(sums_of_h, missed, u, adam, hyper)
+            lifted.mul_(a.unsqueeze(-1))
+            if not kept:
+                adam.addcmul_(u, s.unsqueeze(-2), value=-1.0)
+        lift = Lift(lifted.to(dtype), self.rows > self.cols, integers, workspace)
         each = self.layers if kept else max(1, STACK_VALUES // (self.rows * self.cols))
         whole = not (residual is not None and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations
         for first in range(0, self.layers, each):
             part = slice(first, first + each)
-            left, along = h[part], adam[part]
-            scales = None if scale is None else (scale[0][part], scale[1][part])
-            if kept:
-                sums = self._missed(cast(Tensor, left), lift.products(u, part, "product", whole), generator)
-                if residual is not None:
-                    scales = residual.formed(sums, u, along, hyper)
-            along.mul_(-hyper.lr)
+            left, factors = h[part], None if scale is None else (scale[0][part], scale[1][part])
             for here, rows, step in lift.products(adam, part, "step", whole):
-                factors = None if scales is None else (scales[0][here, rows], scales[1][here])
-                self._apply(params[part][here], grads[part][here], _band(left, here, rows), factors, step, rows, hyper, workspace)
+                along = None if factors is None else (factors[0][here, rows], factors[1][here])
+                self._apply(params[part][here], grads[part][here], _band(left, here, rows), along, step, rows, hyper, workspace)
         return found
 
     def _missed(
-        self, h: Tensor, products: Iterator[tuple[slice, slice, Product]], generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """H <- H - PU (layers, rows, cols), which is also kept. Returns the sums of its squares, as of ``square_sums``."""
+        self, h: Tensor, lift: Lift, u: Tensor, generator: torch.Generator | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """H <- H - PU (layers, rows, cols), which is also kept. Returns ``square_sums`` of H before and after."""
         coded = self.error.coded()
-        along, down = torch.empty(h.shape[:2], device=self.device), torch.zeros(len(h), self.cols, device=self.device)
-        for here, rows, product in products:
-            into = None if coded is None else coded.band(here, rows)
-            along[here, rows], sums = square_sums(h[here, rows], product, h[here, rows], into)
-            down[here] += sums
+        before, after = (
+            (torch.empty(h.shape[:2], device=self.device), torch.zeros(len(h), self.cols, device=self.device)) for _ in range(2)
+        )
+        for here, rows, product in lift.products(u, slice(None), "product", not native.ready(self.device)):
+            band, into = h[here, rows], None if coded is None else coded.band(here, rows)
+            of_h = torch.empty(band.shape[:2], device=self.device), torch.empty(len(band), self.cols, device=self.device)
+            for sums, (along, down) in ((after, square_sums(band, product, band, into, of_h)), (before, of_h)):
+                sums[0][here, rows] = along
+                sums[1][here] += down
         if coded is None:
             self.error.keep(h, generator=generator)
         elif not all_finite(coded.scales.view(-1)):
             raise NonFinite("the error holds NaN, infinity or a value beyond float32")
-        return along, down
+        return before, after
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor | Sequence[Tensor]:
         """H = G + b E (layers, rows, cols); the gradients themselves where they need neither error, nor sign or conversion.
@@ -219,9 +223,13 @@ class LayerStack:
         low = cast(Tensor, low)
         return low.mT if turned else low, sums
 
-    def _project(self, basis: Tensor, a: Matrix) -> Tensor:
+    def _project(self, basis: Tensor, a: Matrix, workspace: Workspace) -> Tensor:
         """PᵀA (layers, r, n) float32."""
-        return a.left(basis.mT.float()) if isinstance(a, ByteMatrices) else matmul(basis.mT, a).float()
+        if isinstance(a, ByteMatrices):
+            return a.left(basis.mT.float())
+        shape = (self.layers, self.rank, self.large)
+        found = matmul(basis.mT, a, workspace.take("projected", shape, basis.dtype))
+        return found if found.dtype == torch.float32 else workspace.take("exact", shape).copy_(found)
 
     def _track(self, a: Matrix, old: Tensor, mean: Tensor, hyper: Hyper, generators: Sequence[torch.Generator | None]) -> Tensor:
         """The new basis (layers, m, r) for H (layers, m, n), strongest column first; scouts replace the weakest directions of the start.

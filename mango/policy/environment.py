@@ -32,7 +32,7 @@ from mango.telemetry import PowerSampler
 
 TRACED = 32  # examples for the Hessian, whose products cost several passes each
 DRAWS = 1_000_003  # between the seeds of two draws of batches
-PLAN = LayerPlan(error_decay=0.9, power="full", caution=0.0)  # of these short runs, as it was when the shipped policies were trained
+PLAN = LayerPlan(error_decay=0.9, power="full", caution=0.0)  # fields as they were when the shipped policies were trained
 LOSS_CEILING = 20.0  # a run whose loss is above it, or not finite, has diverged and counts as this
 
 
