@@ -117,24 +117,17 @@ class FourBits(NamedTuple):
 
 
 def square_sums(
-    x: Tensor | Sequence[Tensor],
-    minus: Product | None = None,
-    left: Tensor | None = None,
-    coded: FourBits | None = None,
-    of_x: tuple[Tensor, Tensor] | None = None,
+    x: Tensor | Sequence[Tensor], minus: Product | None = None, left: Tensor | None = None, coded: FourBits | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sums of the squares of x - minus along each row, (layers, rows), and down each column, (layers, cols).
 
     x: (layers, rows, cols) float32 or bfloat16, perhaps one by one; minus: the same, or None for zeros; left: where x - minus is written,
     if it is given, contiguous, in float32 or bfloat16, perhaps into x or the floats of minus; coded: where it is stored besides, by the
-    compiled loops alone; of_x: with minus, where the sums of the squares of x are written.
+    compiled loops alone.
     """
     if not native.ready(x[0].device):
         assert coded is None
         x = (x if isinstance(x, Tensor) else torch.stack(list(x))).float()
-        if of_x is not None:
-            torch.linalg.vector_norm(x, dim=-1, out=of_x[0]).square_()
-            torch.linalg.vector_norm(x, dim=-2, out=of_x[1]).square_()
         if minus is not None:
             x = torch.sub(x, minus.floats(), out=left if left is not None and left.dtype == torch.float32 else None)
         if left is not None and left is not x:
@@ -146,18 +139,13 @@ def square_sums(
     bands = -(-rows // optim.BAND)
     along, down = torch.empty(layers, rows), torch.empty(layers, bands, cols)
     nothing = torch.empty(layers, 0, cols)
-    everything = (torch.empty(layers, 0), nothing) if of_x is None else (torch.empty_like(along), torch.empty_like(down))
     others = (Product(nothing) if minus is None else minus).split()
     into = native.float_bits(nothing if left is None else left)
     if coded is None:
         coded = FourBits(nothing.byte(), nothing, 64, nothing[0].view(-1), nothing[0].view(-1).byte())
-    of_layers = zip(x, others, along, down, into, coded.codes, coded.scales, *everything, strict=True)
-    for values, other, by_row, by_band, out, codes, scales, *both in of_layers:
-        written = (by_row, by_band, out, coded.block, codes, scales, coded.thresholds, coded.order, *both)
+    for values, other, by_row, by_band, out, codes, scales in zip(x, others, along, down, into, coded.codes, coded.scales, strict=True):
+        written = (by_row, by_band, out, coded.block, codes, scales, coded.thresholds, coded.order)
         run(optim.missed, bands, optim.BAND * cols, native.float_bits(values.contiguous()), *other, *written)
-    if of_x is not None:
-        of_x[0].copy_(everything[0])
-        torch.sum(everything[1], dim=1, out=of_x[1])
     return along, down.sum(dim=1)
 
 

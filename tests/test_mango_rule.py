@@ -67,8 +67,15 @@ class Reference:
         if self.plan.residual and rank < m and self.plan.scaling == "column":
             direction = direction + self.by_column(left, u, adam)
         elif self.plan.residual and rank < m:
-            a, s = self.factored(h, left, adam)
-            direction = a[:, None] * (direction + left * s)
+            along, down = left.square().mean(1), left.square().mean(0)
+            if self.plan.error == "none":
+                along, total = h.square().mean(1), h.square().mean(0)
+                down = torch.maximum(down, total / 256)
+                along = torch.maximum(along, along.mean() / 256) * down.mean() / total.mean()
+            rows, cols = self.factored(along, down, adam)
+            if self.plan.error == "none":
+                direction = direction * rows[:, None] / rows.square().mean().sqrt()
+            direction = direction + torch.outer(rows, cols) * left
         if self.plan.error != "none":
             self.error = left.T if flip else left
         direction = direction.T if flip else direction
@@ -80,18 +87,14 @@ class Reference:
         floor = (len(u) / (len(left) - len(u))) ** 0.5 * left.norm(dim=0)
         return left * (adam.norm(dim=0) / torch.maximum(u.norm(dim=0), floor))
 
-    def factored(self, h: Tensor, left: Tensor, adam: Tensor) -> tuple[Tensor, Tensor]:
-        (m, n), beta2 = h.shape, self.betas[1]
-        cols = torch.maximum(left.square().mean(0), h.square().mean(0) / 256)
-        rows = torch.maximum(h.square().mean(1), h.square().mean() / 256) * cols.mean() / h.square().mean()
-        now = rows, cols
+    def factored(self, along: Tensor, down: Tensor, adam: Tensor) -> tuple[Tensor, Tensor]:
+        now, beta2, m, n = (along, down), self.betas[1], len(along), len(down)
         self.means = tuple(beta2 * mean + (1 - beta2) * seen for mean, seen in zip(self.means or (0, 0), now, strict=True))
         rows, cols = (torch.maximum(mean / (1 - beta2**self.t), seen) for mean, seen in zip(self.means, now, strict=True))
         middle = (rows.mean() * cols.mean()).sqrt()
         strength = (now[0] / rows).mean() * (now[1] / cols).mean() * middle / now[0].mean()
         bound = (adam.square().sum() / len(adam) * (m - len(adam)) / (m * n) / strength).sqrt().clamp(max=1.0)
-        size = (middle / rows).mean().sqrt()
-        return (middle / rows).sqrt() / size, cols.rsqrt() * bound * size
+        return bound * (middle / rows).sqrt(), cols.rsqrt()
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (72, 72), (64, 8, 3, 3)])

@@ -55,8 +55,6 @@ def missed(
     scales: Array,
     thresholds: Array,
     order: Array,
-    all_rows: Array,
-    all_columns: Array,
 ) -> None:
     """Sums of the squares of h - product (rows, cols), bands ``first`` to ``last`` of BAND rows.
 
@@ -68,17 +66,14 @@ def missed(
     left: h - product is written there as bits like h's, perhaps into h or the product, unless it has no rows.
     codes, scales: (rows, cols / 2) uint8 and (rows, cols / block) float32: h - product in four bits, unless they have no rows; thresholds
     and order are those of ``encode_nibbles``.
-    all_rows, all_columns: the sums of the squares of h itself as well, where there is a product, unless they have no elements.
     """
     wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     minus = other.view(np.float32)
     unit, found = np.empty(TILE, np.float32), np.empty(TILE, np.uint8)
     for band in range(first, last):
         columns[band] = ZERO
-        if all_rows.size:
-            all_columns[band] = ZERO
         for i in range(band * BAND, min((band + 1) * BAND, h.shape[0])):
-            total = all_of_it = ZERO
+            total = ZERO
             for begin in range(0, h.shape[1], TILE):
                 end = min(begin + TILE, h.shape[1])
                 sums = columns[band, begin:end]
@@ -87,8 +82,6 @@ def missed(
                     _floats(product[i, begin:end], along, i, down[begin:end], other, minus)
                     bits = wide[: end - begin]
                     values = bits.view(np.float32)
-                    if all_rows.size:
-                        all_of_it += _add_squares(values, all_columns[band, begin:end])
                     for j in range(values.size):
                         values[j] -= minus[j]
                 else:
@@ -102,8 +95,6 @@ def missed(
                     _units(bits, values, peaks, block, unit[: end - begin])
                     nearest(unit[: end - begin], thresholds, order, found, codes[i, begin // 2 : end // 2])
             rows[i] = total
-            if all_rows.size:
-                all_rows[i] = all_of_it
 
 
 @compiled

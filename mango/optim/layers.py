@@ -136,16 +136,15 @@ class LayerStack:
 
         integers = self._lifts_in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
         residual, scale, kept = self.residual, None, self.error.store is not None
-        if kept:
-            sums_of_h, sums = self._missed(cast(Tensor, h), Lift(basis, self.rows > self.cols, integers, workspace), u, generator)
         lifted = as_used * -hyper.lr
-        if residual is not None:  # D = diag(a) (F diag(s) + P A), or H diag(s) + P (A - U diag(s)) where F is not formed
-            sums_of_h = square_sums(h) if sums_of_h is None else sums_of_h
-            missed = residual.across(sums) if kept else residual.missed(sums_of_h, exact)
-            (a, s), scale = residual.scales(sums_of_h, missed, u, adam, hyper)
+        if kept:
+            sums = self._missed(cast(Tensor, h), Lift(basis, self.rows > self.cols, integers, workspace), u, generator)
+            scale = None if residual is None else residual.formed(sums, u, adam, hyper)
+        elif residual is not None:  # D = diag(a) (H diag(s) + P (A - U diag(s))): F is not formed, and one product lifts both parts
+            a, s = residual.unformed(sums_of_h if sums_of_h is not None else square_sums(h), exact, u, adam, hyper)
+            adam.addcmul_(u, s.unsqueeze(-2), value=-1.0)
             lifted.mul_(a.unsqueeze(-1))
-            if not kept:
-                adam.addcmul_(u, s.unsqueeze(-2), value=-1.0)
+            scale = (a, s) if self.rows <= self.cols else (s, a)
         lift = Lift(lifted.to(dtype), self.rows > self.cols, integers, workspace)
         each = self.layers if kept else max(1, STACK_VALUES // (self.rows * self.cols))
         whole = not (residual is not None and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations
@@ -157,25 +156,19 @@ class LayerStack:
                 self._apply(params[part][here], grads[part][here], _band(left, here, rows), along, step, rows, hyper, workspace)
         return found
 
-    def _missed(
-        self, h: Tensor, lift: Lift, u: Tensor, generator: torch.Generator | None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """H <- H - PU (layers, rows, cols), which is also kept. Returns ``square_sums`` of H before and after."""
+    def _missed(self, h: Tensor, lift: Lift, u: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """H <- H - PU (layers, rows, cols), which is also kept. Returns ``square_sums`` of it."""
         coded = self.error.coded()
-        before, after = (
-            (torch.empty(h.shape[:2], device=self.device), torch.zeros(len(h), self.cols, device=self.device)) for _ in range(2)
-        )
+        along, down = torch.empty(h.shape[:2], device=self.device), torch.zeros(len(h), self.cols, device=self.device)
         for here, rows, product in lift.products(u, slice(None), "product", not native.ready(self.device)):
-            band, into = h[here, rows], None if coded is None else coded.band(here, rows)
-            of_h = torch.empty(band.shape[:2], device=self.device), torch.empty(len(band), self.cols, device=self.device)
-            for sums, (along, down) in ((after, square_sums(band, product, band, into, of_h)), (before, of_h)):
-                sums[0][here, rows] = along
-                sums[1][here] += down
+            into = None if coded is None else coded.band(here, rows)
+            along[here, rows], sums = square_sums(h[here, rows], product, h[here, rows], into)
+            down[here] += sums
         if coded is None:
             self.error.keep(h, generator=generator)
         elif not all_finite(coded.scales.view(-1)):
             raise NonFinite("the error holds NaN, infinity or a value beyond float32")
-        return before, after
+        return along, down
 
     def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor | Sequence[Tensor]:
         """H = G + b E (layers, rows, cols); the gradients themselves where they need neither error, nor sign or conversion.

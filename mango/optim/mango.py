@@ -40,22 +40,22 @@ class Mango(Planned):
         M &= \beta_1 R M + (1-\beta_1) U, \quad
         V = \beta_2 (R \circ R) V + (1-\beta_2) U \circ U && \text{rows new to the basis start from U} \\
         A &= \hat M / (\sqrt{\hat V} + \epsilon) \\
-        F &= H - P U, \quad a_i = \mathrm{mean}_j H_{ij}^2, \quad b_j = \mathrm{mean}_i F_{ij}^2 && \text{running means too, (m), (n)} \\
-        D &= \mathrm{diag}(\hat a) (P A + s F \mathrm{diag}(b)^{-1/2}) && \hat a \sim a^{-1/2}, \text{ of mean square 1; s bounded by A} \\
+        F &= H - P U, \quad a = \mathrm{mean}_j F_{ij}^2, \quad b = \mathrm{mean}_i F_{ij}^2 && \text{running means too, (m), (n)} \\
+        D &= P A + s F / \sqrt{a b^\top / \sqrt{\bar a \bar b}} && \text{residual direction, s at most 1, bounded by A} \\
         E &= F                                      && \text{kept as the plan says} \\
         W &\leftarrow (1 - \eta\lambda) W - \eta D \circ (1 + c \text{ where } D_{ij} G_{ij} > 0, \text{ else } 1 - c)
 
     or, with ``power="sampled"``, with half of the columns of H in the second line, and with "half" P = orth(H [M', S]ᵀ) from the momentum.
-    Without stored error F is not formed: H diag(b)^(-1/2) + P (A - U diag(b)^(-1/2)) is one product with P, where F would be another.
-    The map H -> PU contracts with T3's certificate in expectation over the scouts. Between steps only P, M, sqrt(V), E and the running
-    means are kept, each through the codec that the plan names. Tensors with fewer than two dimensions or 4096 values, LoRA's factors (known
-    by peft's names) and groups with ``plan=None`` are stepped by plain AdamW with float32 moments.
+    Without stored error F is not formed: D = diag(a) (P A + F diag(s)), where a, of mean square 1, is made of the rows of H in the place of
+    those of F, and scales P A too. The map H -> PU contracts with T3's certificate in expectation over the scouts. Between steps only P, M,
+    sqrt(V), E and the running means are kept, each through the codec that the plan names. Tensors with fewer than two dimensions or 4096
+    values, LoRA's factors (known by peft's names) and groups with ``plan=None`` are stepped by plain AdamW with float32 moments.
 
     Sources: GaLore (arXiv:2403.03507) for Adam on a projected gradient, Fira (arXiv:2410.01623) for stepping along the residual,
     Adafactor (arXiv:1804.04235) for its scales, LDAdam (arXiv:2410.16103) for moments that follow the basis and for the kept error,
     Cautious Optimizers (arXiv:2411.16085) for the last line.
     Departures: the basis moves every step by products alone, never by an SVD; scouts; the residual is both stepped along and kept as
-    error; what is captured is divided by the strength of the rows too; the state is stored by codecs.
+    error; the state is stored by codecs.
 
     Args:
         params: parameters, (name, parameter) pairs as from ``model.named_parameters()``, or groups of either. A group may set any

@@ -65,9 +65,9 @@ class LayerPlan:
             theory has it, and forgets nothing: what it remembers is stale where gradients are noisy, as a residual network's on small
             batches. 0.95 remembers about twenty gradients, twice as many as Adam's first moment; language models do worse with 0.9.
         residual: also step along the part of H that the basis missed.
-        scaling: how the two parts are scaled: "factored", what was missed by the roots of the mean squares of its columns (Adafactor), and
-            both by those of the gradient's rows; or "column", what was missed alone by the adaptive part's length in each column (Fira),
-            which needs no state. Columns are along the larger side.
+        scaling: how that part is scaled: "factored", divided by the roots of the mean squares of its rows and columns (Adafactor), or
+            "column", by the adaptive part's length in each column (Fira), which needs no state. Without error the scales of the smaller
+            side are those of the gradient, and scale the captured part too: then what the basis missed need not be formed.
         caution: c in [0, 1]: coordinates of the step whose sign is that of this step's gradient are multiplied by 1 + c, the others, zero
             gradients included, by 1 - c. Momentum and kept error are up to twenty gradients old, and where they have become wrong this
             is seen at once. 1 takes no coordinate against its gradient, as Cautious Optimizers do (arXiv:2411.16085; they then rescale

@@ -18,7 +18,7 @@ FAINT = 1 / 256  # of the squares of H: what is weaker counts as this, for it ma
 
 
 class Residual:
-    """How far the residual F = H - PU of a stack of layers is stepped beside what is captured, PU.
+    """Scales of the residual F = H - PU of a stack of layers, for its rows and for its columns.
 
     Args:
         scaling: "factored" or "column", as of the plan.
@@ -38,41 +38,39 @@ class Residual:
         sides = {"rows_sq": self.rows, "cols_sq": self.cols} if scaling == "factored" else {}
         self.means = {name: Stacked("fp32", layers, (side,), device) for name, side in sides.items()}
 
-    def scales(
-        self, sums: tuple[Tensor, Tensor], missed: Tensor, u: Tensor, adam: Tensor, hyper: Hyper
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Scales a (layers, m) and s (layers, n) of D = diag(a) (P A + F diag(s)); and the same for rows and columns.
+    def formed(self, sums: tuple[Tensor, Tensor], u: Tensor, adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+        """Scales s, t of D = P A + diag(s) F diag(t), (layers, rows) and (layers, cols).
 
-        How F is spread over m is taken to be as H is, and what is captured is scaled by it too. As F diag(s) + P A is
-        H diag(s) + P (A - U diag(s)), F then need not be formed unless it is kept. a has mean square 1.
-
-        Args:
-            sums: of squares of H, along its rows and down its columns.
-            missed: of squares of F over m, (layers, n).
-            u, adam: U as it is used, and A, (layers, r, n).
+        sums: of squares of F, along its rows and down its columns; u, adam: U and A (layers, r, n).
         """
-        if not self.means:
-            a, s = torch.ones(self.layers, self.small, device=self.device), self._column(missed, square_sums(u)[1], adam)
-            return (a, s), self._sides((a, s))
+        if self.means:
+            along, down, bound = self._factored(sums, adam, hyper)
+            return along * bound, down
+        scale = self._column(self._sides(sums)[1], square_sums(u)[1], adam)
+        return self._sides((torch.ones(self.layers, self.small, device=self.device), scale))
+
+    def unformed(self, sums: tuple[Tensor, Tensor], exact: Tensor, u: Tensor, adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+        """Scales a, s of D = diag(a) (P A + F diag(s)), (layers, m) and (layers, n), for an F that is not at hand.
+
+        F diag(s) + P A is H diag(s) + P (A - U diag(s)): one product with P where two are needed if a scales F alone. On CIFAR-10 and on
+        text what is captured does as well or better with a, which has mean square 1. How F is spread over n follows by
+        Pythagoras; over m it is taken to be as H is.
+
+        sums: of squares of H, along its rows and down its columns; exact: PᵀH, and u: it as it is used, (layers, r, n).
+        """
+        captured = square_sums(exact)[1].clamp_max_(HUGE)
         along, across = (side.clamp_max(HUGE) for side in self._sides(sums))
+        if not self.means:
+            scale = self._column((across - captured).clamp_min_(0.0), captured if u is exact else square_sums(u)[1], adam)
+            return torch.ones(self.layers, self.small, device=self.device), scale
         along = torch.maximum(along, FAINT * along.mean(dim=-1, keepdim=True))
-        missed = torch.maximum(missed.clamp_max(HUGE), FAINT * across)
+        missed = torch.maximum(across - captured, FAINT * across)  # (layers, n)
         peak = across.amax(dim=-1, keepdim=True).clamp_min(1e-30)
         share = (missed / peak).sum(dim=-1, keepdim=True) / (across / peak).sum(dim=-1, keepdim=True).clamp_min(1e-30)
-        rows, cols, bound = self._factored(self._sides((along * share, missed)), adam, hyper)
-        a, s = self._sides((rows, cols))
+        *scales, bound = self._factored(self._sides((along * share, missed)), adam, hyper)
+        a, s = self._sides((scales[0], scales[1]))
         size = torch.linalg.vector_norm(a, dim=-1, keepdim=True) / self.small**0.5  # (layers, 1)
-        a, s = a / size, s * (size * bound)
-        return (a, s), self._sides((a, s))
-
-    def missed(self, sums: tuple[Tensor, Tensor], exact: Tensor) -> Tensor:
-        """Sums of squares of F over m, (layers, n), by Pythagoras from those of H and from PᵀH, (layers, r, n)."""
-        across = self.across(sums).clamp_max(HUGE)
-        return (across - square_sums(exact)[1].clamp_max_(HUGE)).clamp_min_(0.0)
-
-    def across(self, sums: tuple[Tensor, Tensor]) -> Tensor:
-        """Of sums along rows and down columns those over m, (layers, n)."""
-        return self._sides(sums)[1]
+        return a / size, s * (size * bound)
 
     def _sides(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Something for rows and columns as that for the smaller and the larger dimension; and the other way round."""
