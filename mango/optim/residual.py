@@ -52,9 +52,9 @@ class Residual:
     def unformed(self, sums: tuple[Tensor, Tensor], exact: Tensor, u: Tensor, adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
         """Scales a, s of D = diag(a) (P A + F diag(s)), (layers, m) and (layers, n), for an F that is not at hand.
 
-        F diag(s) + P A is H diag(s) + P (A - U diag(s)): one product with P where two are needed if a scales F alone. On CIFAR-10 and on
-        text what is captured does as well or better with a, which has mean square 1. How F is spread over n follows by
-        Pythagoras; over m it is taken to be as H is.
+        F diag(s) + P A is H diag(s) + P (A - U diag(s)): one product with P where two are needed if a scales F alone. What is captured
+        does as well or better with a, which has mean square 1, on photographs and on text; not so where error is kept, and residual
+        networks then lose. How F is spread over n follows by Pythagoras; over m it is taken to be as H is.
 
         sums: of squares of H, along its rows and down its columns; exact: PᵀH, and u: it as it is used, (layers, r, n).
         """
