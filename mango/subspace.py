@@ -192,16 +192,14 @@ def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor]:
     exact = torch.float64 if z.dtype == torch.float64 else torch.float32
     norm = _column_norms(z, exact).clamp_min(torch.finfo(exact).tiny)
     if not isinstance(g, Tensor):
-        y = g.right(z.mT, norm).mT
+        y, size = g.right(z.mT, norm).mT, torch.ones_like(norm)
     elif g.dtype == torch.bfloat16:
         scale = torch.exp2(-norm.log2().floor())  # (…, k): powers of two change no digit
-        y, norm = matmul(g, z.to(g.dtype) * scale.unsqueeze(-2).to(g.dtype)), norm * scale
-        new, added = _orthonormalize(y, rough=True)
-        return _sorted(new, (added / norm).square())
+        y, size = matmul(g, z.to(g.dtype) * scale.unsqueeze(-2).to(g.dtype)), norm * scale
     else:
-        y = matmul(g, (z / norm.unsqueeze(-2)).to(g.dtype))
-    new, added = _orthonormalize(y, rough=not isinstance(g, Tensor))
-    return _sorted(new, added.square())
+        y, size = matmul(g, (z / norm.unsqueeze(-2)).to(g.dtype)), torch.ones_like(norm)
+    new, added = _orthonormalize(y, rough=not isinstance(g, Tensor) or g.dtype == torch.bfloat16)
+    return _sorted(new, (added / size).square())
 
 
 def _column_norms(z: Tensor, exact: torch.dtype) -> Tensor:

@@ -144,7 +144,7 @@ class LayerStack:
             a, s = residual.unformed(sums_of_h if sums_of_h is not None else square_sums(h), exact, u, adam, hyper)
             adam.addcmul_(u, s.unsqueeze(-2), value=-1.0)
             lifted.mul_(a.unsqueeze(-1))
-            scale = (a, s) if self.rows <= self.cols else (s, a)
+            scale = residual.sides((a, s))
         lift = Lift(lifted.to(dtype), self.rows > self.cols, integers, workspace)
         each = self.layers if kept else max(1, STACK_VALUES // (self.rows * self.cols))
         whole = not (residual is not None and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations

@@ -46,8 +46,8 @@ class Residual:
         if self.means:
             along, down, bound = self._factored(sums, adam, hyper)
             return along * bound, down
-        scale = self._column(self._sides(sums)[1], square_sums(u)[1], adam)
-        return self._sides((torch.ones(self.layers, self.small, device=self.device), scale))
+        scale = self._column(self.sides(sums)[1], square_sums(u)[1], adam)
+        return self.sides((torch.ones(self.layers, self.small, device=self.device), scale))
 
     def unformed(self, sums: tuple[Tensor, Tensor], exact: Tensor, u: Tensor, adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
         """Scales a, s of D = diag(a) (P A + F diag(s)), (layers, m) and (layers, n), for an F that is not at hand.
@@ -59,20 +59,19 @@ class Residual:
         sums: of squares of H, along its rows and down its columns; exact: PᵀH, and u: it as it is used, (layers, r, n).
         """
         captured = square_sums(exact)[1].clamp_max_(HUGE)
-        along, across = (side.clamp_max(HUGE) for side in self._sides(sums))
+        along, across = (side.clamp_max(HUGE) for side in self.sides(sums))
         if not self.means:
             scale = self._column((across - captured).clamp_min_(0.0), captured if u is exact else square_sums(u)[1], adam)
             return torch.ones(self.layers, self.small, device=self.device), scale
         along = torch.maximum(along, FAINT * along.mean(dim=-1, keepdim=True))
         missed = torch.maximum(across - captured, FAINT * across)  # (layers, n)
-        peak = across.amax(dim=-1, keepdim=True).clamp_min(1e-30)
-        share = (missed / peak).sum(dim=-1, keepdim=True) / (across / peak).sum(dim=-1, keepdim=True).clamp_min(1e-30)
-        *scales, bound = self._factored(self._sides((along * share, missed)), adam, hyper)
-        a, s = self._sides((scales[0], scales[1]))
+        share = missed.sum(dim=-1, keepdim=True) / across.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+        by_row, by_column, bound = self._factored(self.sides((along * share, missed)), adam, hyper)
+        a, s = self.sides((by_row, by_column))
         size = torch.linalg.vector_norm(a, dim=-1, keepdim=True) / self.small**0.5  # (layers, 1)
         return a / size, s * (size * bound)
 
-    def _sides(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def sides(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Something for rows and columns as that for the smaller and the larger dimension; and the other way round."""
         return pair if self.rows <= self.cols else pair[::-1]
 
