@@ -120,10 +120,7 @@ def admit(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def all_finite(flat: Tensor) -> bool:
     """Whether no value of (n,) is NaN or infinite, without a mask of the tensor's size; a tensor on the meta device has no values."""
-    if flat.is_meta:
-        return True
-    peaks = [flat[part.lo : part.hi].abs().amax() for part in parts(flat.numel(), 1, flat.device)]
-    return not peaks or bool(torch.isfinite(torch.stack(peaks)).all())
+    return flat.is_meta or flat.numel() == 0 or bool(torch.stack(flat.aminmax()).isfinite().all())
 
 
 def check_generator(x: Tensor, generator: torch.Generator | None) -> None:

@@ -27,7 +27,7 @@ class Guard:
         admitted = list(grads)
         for device in dict.fromkeys(grad.device for grad in grads):
             places = [place for place, grad in enumerate(grads) if grad.device == device]
-            # in float32 large values overflow too, which a CPU finds out at the second look and a card does not
+            # large values overflow too, which a CPU finds out at the second look and a card does not
             finite = _totals([grads[place] for place in places]).isfinite()  # (len(places),)
             if device.type == "cuda":
                 verdict = torch.empty(len(places), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
@@ -59,8 +59,8 @@ class Guard:
 def _totals(grads: Sequence[Tensor]) -> Tensor:
     """Of tensors on one device something that is not finite where one of their values is not, (len(grads),) float32.
 
-    Norms, for which a card has one kernel; on a CPU sums, which run at the speed of its memory.
+    Norms, for which a card has one kernel; on a CPU the spread of the values, which is found at the speed of its memory.
     """
     if grads[0].device.type == "cuda":
         return torch.stack(torch._foreach_norm(list(grads), dtype=torch.float32))
-    return torch.stack([grad.sum(dtype=torch.float32) for grad in grads])
+    return torch.stack([torch.sub(*grad.aminmax()).float() if grad.numel() else torch.zeros(()) for grad in grads])
