@@ -43,8 +43,9 @@ def orthonormalize(x: Tensor) -> Tensor:
     return _orthonormalize(x)[0]
 
 
-def _orthonormalize(x: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
-    """Also the diagonal of R in x = V R, (…, min(n, k)): how much each column adds to the span of those before it.
+def _orthonormalize(x: Tensor, size: Tensor | None = None, rough: bool = False) -> tuple[Tensor, Tensor]:
+    """Also the diagonal of R in x = V R, (…, min(n, k)): how much each column adds to the span of those before it. With ``size`` (…, k)
+    both are sorted by what that is when the columns are divided by their sizes, strongest first, and the squares of that are returned.
 
     Rounding the Gram matrix leaves VᵀV - I of at most ‖R⁻¹‖² times that rounding. Where ‖R⁻¹‖² is small one round is therefore as good as
     two, and a CPU, which can look, stops there. ``rough`` asks for no more than bfloat16 resolves.
@@ -56,12 +57,14 @@ def _orthonormalize(x: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
     gram = x.mT @ x  # (…, k, k)
     norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (…, k)
     inverse, r1 = _cholesky_inverse(gram / (norm.unsqueeze(-1) * norm.unsqueeze(-2)))
-    first = x @ (inverse / norm.unsqueeze(-1))
+    scaled = inverse / norm.unsqueeze(-1)
     if x.device.type == "cpu" and bool((norm.amin() > 1e-15) & (norm.amax() < 1e15)):
         most = ONE_ROUND_ROUGH if rough else ONE_ROUND
         # the squared Frobenius norm bounds it too, and costs no product
         if bool((torch.linalg.matrix_norm(inverse).square() < most).all()) or bool((_squared_norm(inverse) < most).all()):
-            return first, r1 * norm
+            scaled, diagonal = _sorted(scaled, r1 * norm, size)  # a smaller matrix to sort the columns of
+            return x @ scaled, diagonal
+    first = x @ scaled
     gram = first.mT @ first
     inverse, r2 = _cholesky_inverse(gram)
     basis, diagonal = first @ inverse, r1 * r2 * norm
@@ -80,7 +83,14 @@ def _orthonormalize(x: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
         q, r = _shifted_cholesky_qr(unit)
         basis = torch.where(well[..., None, None], basis, q)
         diagonal = torch.where(well[..., None], diagonal, r * norm)
-    return basis, diagonal
+    return _sorted(basis, diagonal, size)
+
+
+def _sorted(basis: Tensor, diagonal: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    if size is None:
+        return basis, diagonal
+    energy, order = (diagonal / size).square().sort(dim=-1, descending=True, stable=True)
+    return basis.gather(-1, order.unsqueeze(-2).expand_as(basis)), energy
 
 
 def _squared_norm(x: Tensor) -> Tensor:
@@ -152,11 +162,15 @@ def power_step(
     basis: Tensor,  # (…, dim, k) V: columns nearly orthonormal, strongest first
     g: Operator,  # G (…, dim, n), or X -> G Gᵀ X
     scouts: Tensor | None = None,  # (…, dim, j) Gaussian, drawn after G was known; they replace the last j columns of V
+    damping: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """One warm-started block power step, V <- orth(G Gᵀ [V, S]), sorted by the energy that each column captures.
 
     The certificate of T3 needs only that S is Gaussian given (V, G): the span of [V, S] is that of V and S projected on V's
     complement. The projection is still carried out, for conditioning.
+
+    Where G is part of a larger matrix, all of the basis would turn to that part. With ``damping`` d the rest is taken to have d times the
+    energy of G along each column of V and to leave these where they are: V <- orth(G Gᵀ [V, S] + d [V diag(‖vᵀG‖²), 0]). T3 covers it.
 
     Returns:
         The new basis (…, dim, k) in float32 (float64 for float64 input; for a bfloat16 G to its precision), and an estimate of each
@@ -164,7 +178,7 @@ def power_step(
         ‖vᵢᵀG‖², (…, k), descending. The estimate is the ratio of successive moments ‖GGᵀq‖² / ‖Gᵀq‖², a lower bound for
         what a single column captures after its power step, and exact for a singular vector.
     """
-    k = basis.shape[-1]
+    k, kept = basis.shape[-1], basis.shape[-1]
     q = basis.to(torch.float64 if basis.dtype == torch.float64 else torch.float32)
     if scouts is not None and scouts.shape[-1]:
         fresh, kept = scouts.to(q.dtype), k - scouts.shape[-1]
@@ -174,45 +188,42 @@ def power_step(
         fresh = fresh / torch.linalg.vector_norm(fresh, dim=-2, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
         q = torch.cat([q[..., :kept], fresh], dim=-1)
     if isinstance(g, ByteMatrices):
-        return _forward(g, g.left(q.mT).mT)
-    if isinstance(g, Tensor):
+        y, norm, size = _forward(g, g.left(q.mT).mT)
+    elif isinstance(g, Tensor):
         g = g if g.dtype == torch.bfloat16 else g.to(q.dtype)
-        return _forward(g, matmul(g.mT, q.to(g.dtype)))
-    y = g(q).to(q.dtype)  # (…, dim, k)
-    rayleigh = (q * y).sum(dim=-2).clamp_min(torch.finfo(q.dtype).tiny)  # (…, k) ‖Gᵀq‖²
-    new, added = _orthonormalize(y)
-    return _sorted(new, added.square() / rayleigh)
+        y, norm, size = _forward(g, matmul(g.mT, q.to(g.dtype)))
+    else:
+        y = g(q).to(q.dtype)  # (…, dim, k)
+        norm = size = (q * y).sum(dim=-2).clamp_min(torch.finfo(q.dtype).tiny).sqrt()
+    if damping:
+        rest = torch.full((k,), damping, dtype=q.dtype, device=q.device)
+        rest[kept:] = 0.0
+        y, size = torch.addcmul(y.to(q.dtype), q, (rest * norm * size).unsqueeze(-2)), size * (1.0 + rest)
+    return _orthonormalize(y, size, _is_rough(g))
 
 
-def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor]:
-    """orth(G Z) for Z (…, n, k), sorted by what each column adds once those of Z have norm 1, and the squares of that.
-
-    With Z = GᵀQ the square is the ratio of successive moments, ‖GGᵀq‖² / ‖Gᵀq‖².
-    """
+def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G Z diag(size / norm), (…, dim, k), for Z (…, n, k), the norms of the columns of Z, and what these are in the product, (…, k)."""
     exact = torch.float64 if z.dtype == torch.float64 else torch.float32
     norm = _column_norms(z, exact).clamp_min(torch.finfo(exact).tiny)
     if not isinstance(g, Tensor):
-        y, size = g.right(z.mT, norm).mT, torch.ones_like(norm)
-    elif g.dtype == torch.bfloat16:
+        return g.right(z.mT, norm).mT, norm, torch.ones_like(norm)
+    if g.dtype == torch.bfloat16:
         scale = torch.exp2(-norm.log2().floor())  # (…, k): powers of two change no digit
-        y, size = matmul(g, z.to(g.dtype) * scale.unsqueeze(-2).to(g.dtype)), norm * scale
-    else:
-        y, size = matmul(g, (z / norm.unsqueeze(-2)).to(g.dtype)), torch.ones_like(norm)
-    new, added = _orthonormalize(y, rough=not isinstance(g, Tensor) or g.dtype == torch.bfloat16)
-    return _sorted(new, (added / size).square())
+        return matmul(g, z.to(g.dtype) * scale.unsqueeze(-2).to(g.dtype)), norm, norm * scale
+    return matmul(g, (z / norm.unsqueeze(-2)).to(g.dtype)), norm, torch.ones_like(norm)
+
+
+def _is_rough(g: Operator) -> bool:
+    """Whether products with G are rounded as bfloat16 is, or further."""
+    return isinstance(g, ByteMatrices) or (isinstance(g, Tensor) and g.dtype == torch.bfloat16)
 
 
 def _column_norms(z: Tensor, exact: torch.dtype) -> Tensor:
     """Of z (…, n, k), (…, k); torch would convert a bfloat16 z first, on a CPU."""
     if z.dtype == torch.bfloat16 and z.ndim == 3 and z.device.type == "cpu":
-        return square_sums(z)[1].sqrt_()
+        return (square_sums(z)[1] if z.stride(-1) == 1 else square_sums(z.mT)[0]).sqrt_()
     return torch.linalg.vector_norm(z, dim=-2, dtype=exact)
-
-
-def _sorted(basis: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns (…, dim, k) and their energies (…, k), strongest first."""
-    energy, order = energy.sort(dim=-1, descending=True, stable=True)
-    return basis.gather(-1, order.unsqueeze(-2).expand_as(basis)), energy
 
 
 def half_step(
@@ -228,7 +239,8 @@ def half_step(
     Returns:
         The new basis (…, dim, k) in float32 (float64 for float64 input).
     """
-    return _forward(g, start.mT)[0]
+    y, _, size = _forward(g, start.mT)
+    return _orthonormalize(y, size, _is_rough(g))[0]
 
 
 def rotation(new: Tensor, old: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def test_diagnostics(factor: str | None, expected: float, power: str) -> None:
     one, two, small = matrix(), matrix(seed=1), nn.Parameter(torch.zeros(10))
     plan = LayerPlan(rank=8, scouts=2, factor_codec=factor, power=power)
     optimizer = Mango([("one", one), ("two", two), ("small", small)], plan=plan)
-    basis = {"full": scout_alpha(64, 8, 2), "sampled": scout_alpha(64, 8, 2) / 2, "half": 2 / 64}[power]
+    basis = {"full": scout_alpha(64, 8, 2), "sampled": scout_alpha(64, 8, 2) / 4, "half": 2 / 64}[power]
     push(optimizer, [(one, gaussian((64, 96), (2,))), (two, gaussian((64, 96), (3,))), (small, torch.ones(10))])
     assert optimizer.diagnostics() == {}
     optimizer.observe(True)

@@ -44,7 +44,8 @@ Half a step needs one product less: if the span of $Q$ contains the columns of $
 Gaussian $Z\in\mathbb{R}^{m\times j}$ independent of $(Y,G)$, then $\mathbb{E}\|G-GQQ^\top\|^2\le(1-j/n)\|G\|^2$.
 A step may also see a part of $G$ alone: if $Q$ spans what a power step on $G_J$ makes of $[V,S]$, where $J$ are rows of $G$ drawn
 independently of $G$, each with probability $p$, and then $Z$ independently of $(V,G,J)$, then
-$\mathbb{E}\|G-GQQ^\top\|^2\le(1-p\alpha)\|G\|^2$.
+$\mathbb{E}\|G-GQQ^\top\|^2\le(1-p\alpha)\|G\|^2$. Damping leaves both claims as they are: the span of
+$(G^\top G+VDV^\top)[V,S]$ for any diagonal $D\succeq0$ captures of $G$ no less than that of $[V,S]$ does.
 """
 
 
@@ -156,6 +157,8 @@ def _half_step() -> list[Step]:
 
 def _sampled() -> list[Step]:
     one, other, hit, rest, share, alpha, gain, both = sp.symbols("a b c d p alpha epsilon delta", nonnegative=True)
+    trace, kept = sp.symbols("t u", nonnegative=True)
+    g, gt, v, vt, s, st, damp = letters("G Gt V Vt S St D")
     return [
         identity(
             r"A sample. Squares of rows add, whatever $Q$ is (two rows $a,b$ of $G$, two columns of $Q$):",
@@ -173,6 +176,20 @@ def _sampled() -> list[Step]:
             r"drawn with any correlation: both with probability $\delta$, either alone with $p-\delta$).",
             both * (one + other) + (share - both) * one + (share - both) * other,
             share * (one + other),
+        ),
+        identity(
+            r"A damped step is a power step on $B$, which has the rows of $D^{1/2}V^\top$ below those of $G$. Of the former $[V,S]$ keeps "
+            r"all, $\|D^{1/2}V^\top[V,S]\|^2=\operatorname{tr}D$, because, with $\Pi=VV^\top+SS^\top$, "
+            r"$(G^\top G+VDV^\top)\Pi=G^\top G\,\Pi+VDV^\top$,",
+            words((gt * g + v * damp * vt) * (v * vt + s * st), {vt * v: 1, vt * s: 0}),
+            gt * g * (v * vt + s * st) + v * damp * vt,
+        ),
+        nonnegative(
+            r"and an orthonormal $Q$ no more, $\|D^{1/2}V^\top Q\|^2=t-d$ with $t=\operatorname{tr}D$, $d\ge0$. The step loses nothing "
+            r"of $B$ (T2): $\|GQ\|^2+t-d=\|G[V,S]\|^2+t+\varepsilon$ with $\varepsilon\ge0$. So of $G$ it keeps no less "
+            r"($u=\|G[V,S]\|^2$).",
+            (kept + trace + gain - (trace - rest)) - kept,
+            [gain, rest],
         ),
     ]
 
@@ -250,8 +267,8 @@ def half_step_cases(seed: int, dim: int = 12, draws: int = 4096) -> list[Case]:
     return cases
 
 
-def sampled_cases(seed: int, dim: int = 12, draws: int = 4096) -> list[Case]:
-    """``mango.subspace.power_step`` on one of two halves of the columns: its worst case is a matrix that lies in one of them."""
+def sampled_cases(seed: int, dim: int = 12, draws: int = 4096, parts: int = 4) -> list[Case]:
+    """``mango.subspace.power_step`` on one of four parts of the columns: its worst case is a matrix that lies in one of them."""
     generator = torch.Generator().manual_seed(seed)
 
     def gaussian(*shape: int) -> Tensor:
@@ -260,16 +277,22 @@ def sampled_cases(seed: int, dim: int = 12, draws: int = 4096) -> list[Case]:
     axes = torch.linalg.qr(gaussian(dim, dim)).Q
     kept, last, hidden = axes[:, :3], axes[:, 3:4], axes[:, 4:]
     faint, none = 1e-3 * kept, torch.zeros(dim, 9, dtype=torch.float64)  # what the basis holds is seen again, so it is not replaced
-    apart = torch.cat([hidden, faint, none[:, :1], faint, 1e-3 * last, none[:, :8]], dim=-1)  # the right half sends scouts astray
-    steep = gaussian(dim, 24) * 0.7 ** torch.arange(24)
+    astray = torch.cat([faint, 1e-3 * last, none[:, :8]], dim=-1)  # the other parts have nothing else for a scout
+    apart = torch.cat([hidden, faint, none[:, :1], *[astray] * (parts - 1)], dim=-1)
+    steep = gaussian(dim, 12 * parts) * 0.7 ** torch.arange(12 * parts)
     start = torch.cat([kept, torch.zeros_like(last)], dim=-1).expand(draws, -1, -1)  # the last column is the scout's
     cases = []
-    for label, g, alternate in (("in one half", apart, False), ("steep", steep, False), ("steep, alternate columns", steep, True)):
+    for label, g, alternate, damping in (
+        ("in one part", apart, False, 0.0),
+        ("in one part, damped", apart, False, parts - 1.0),
+        ("steep", steep, False, 0.0),
+        ("steep, alternate columns, damped", steep, True, parts - 1.0),
+    ):
         left = []
-        for half in (g[:, ::2], g[:, 1::2]) if alternate else (g[:, :12], g[:, 12:]):
-            basis, _ = power_step(start, half.expand(draws, -1, -1), gaussian(draws, dim, 1))
+        for part in [g[:, i::parts] for i in range(parts)] if alternate else g.split(12, dim=-1):
+            basis, _ = power_step(start, part.expand(draws, -1, -1), gaussian(draws, dim, 1), damping)
             left.append(float(_left(g, basis).mean()))
-        cases.append(Case(f"sampled, n={dim}, k=4, j=1: {label}", 1.0 - 1 / 9 / 2, sum(left) / 2))
+        cases.append(Case(f"sampled, n={dim}, k=4, j=1: {label}", 1.0 - 1 / 9 / parts, sum(left) / parts))
     return cases
 
 

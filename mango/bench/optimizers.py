@@ -16,7 +16,6 @@ from mango.subspace import gaussian
 
 SHAPES = ((1024, 1024),) * 4 + ((4096, 1024),) * 4 + ((1024, 4096),) * 4  # 37.7 million values: four blocks of width 1024
 BASE = "adamw"  # the ratio's denominator
-FASTEST = {"error": "none", "power": "sampled"}  # two products with the gradient and one with the basis, in the place of three and two
 ENDS = ("embedding", "head")  # left to AdamW, as Muon's and GaLore's authors do
 
 Row = dict[str, str | float | int]
@@ -29,10 +28,8 @@ def candidates(rank: int) -> dict[str, tuple[str, dict[str, Any]]]:
         "adamw": ("adamw", {}),
         f"mango rank {rank}": ("mango", {"plan": {"rank": rank}}),
         f"mango rank {rank}, no error": ("mango", {"plan": {"rank": rank, "error": "none"}}),
-        f"mango rank {rank}, fastest": ("mango", {"plan": {"rank": rank, **FASTEST}}),
         f"mango rank {quarter}": ("mango", {"plan": {"rank": quarter}}),
         f"mango rank {quarter}, no error": ("mango", {"plan": {"rank": quarter, "error": "none"}}),
-        f"mango rank {quarter}, fastest": ("mango", {"plan": {"rank": quarter, **FASTEST}}),
         "adafactor": ("adafactor", {}),
         "adamw8bit": ("adamw8bit", {}),
         f"galore rank {rank}": ("galore", {"rank": rank, "update_proj_gap": 200}),

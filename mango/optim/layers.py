@@ -16,7 +16,7 @@ from mango.feedback.buffer import ErrorBuffer
 from mango.native.threads import run
 from mango.optim.diagnose import diagnose
 from mango.optim.moments import Moments
-from mango.optim.plan import LayerPlan
+from mango.optim.plan import PARTS, LayerPlan
 from mango.optim.residual import Residual
 from mango.products import ByteMatrices, Lift, Product, in_bytes, in_halves, matmul, square_sums
 from mango.stacked import Stacked
@@ -234,18 +234,20 @@ class LayerStack:
         scouts = torch.stack([torch.randn(shape, generator=generator, device=self.device) for generator in generators])
         if half:
             return half_step(a, scouts if fresh == self.rank else torch.cat([mean[:, : self.rank - fresh], scouts], dim=-2))
-        return power_step(old, a[..., self._sample(hyper)] if self.power == "sampled" else a, scouts)[0]
+        if self.power == "sampled":
+            return power_step(old, a[..., self._sample(hyper)], scouts, damping=PARTS - 1.0)[0]
+        return power_step(old, a, scouts)[0]
 
     def _sample(self, hyper: Hyper) -> slice:
-        """Half of the n columns of H: each is in it with a probability of 1/2, whatever H is and the other counters were.
+        """A quarter of the n columns of H: each is in it with a probability of 1/4, whatever H is and the other counters were.
 
-        Every other row of a tall matrix, whose rows may be heads or parts of a fused projection one after another, and the left or the
-        right half of a wide one: both are multiplied where they lie. One draw serves all layers of a step, however they are stacked.
+        Every fourth row of a tall matrix, whose rows may be heads or parts of a fused projection one after another, and columns side by
+        side of a wide one: both are multiplied where they lie. One draw serves all layers of a step, however they are stacked.
         """
-        second = bool(torch.randint(2, (1,), generator=counter_generator(hyper.seeds[0][:2])))  # on the host, which needs the answer
+        part = int(torch.randint(PARTS, (1,), generator=counter_generator(hyper.seeds[0][:2])))  # on the host, which needs the answer
         if self.rows > self.cols:
-            return slice(int(second), None, 2)
-        return slice(self.large // 2, None) if second else slice(self.large // 2)
+            return slice(part, None, PARTS)
+        return slice(self.large * part // PARTS, self.large * (part + 1) // PARTS)
 
     def _apply(
         self,
@@ -296,5 +298,5 @@ class LayerStack:
         """T3 and T4: that which H -> P q(PᵀH) has for every H, in expectation over scouts and samples, with float32 products."""
         basis = scout_alpha(self.small, self.rank, self.scouts)
         if self.rank < self.small and self.power != "full":
-            basis = self.scouts / self.small if self.power == "half" else basis / 2
+            basis = self.scouts / self.small if self.power == "half" else basis / PARTS
         return basis * (self.factor.alpha() if self.factor is not None else 1.0)

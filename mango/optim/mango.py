@@ -45,7 +45,8 @@ class Mango(Planned):
         E &= F                                      && \text{kept as the plan says} \\
         W &\leftarrow (1 - \eta\lambda) W - \eta D \circ (1 + c \text{ where } D_{ij} G_{ij} > 0, \text{ else } 1 - c)
 
-    or, with ``power="sampled"``, with half of the columns of H in the second line, and with "half" P = orth(H [M', S]ᵀ) from the momentum.
+    or, for large matrices and with ``power="sampled"``, with a quarter of the columns of H in the second line and the rest taken to leave
+    P' as it is (damping, see mango.subspace.power_step), and with "half" P = orth(H [M', S]ᵀ) from the momentum.
     Without stored error F is not formed: D = diag(a) (P A + F diag(s)), where a, of mean square 1, is made of the rows of H in the place of
     those of F, and scales P A too. The map H -> PU contracts with T3's certificate in expectation over the scouts. Between steps only P, M,
     sqrt(V), E and the running means are kept, each through the codec that the plan names. Tensors with fewer than two dimensions or 4096

@@ -15,7 +15,9 @@ from mango.fields import build
 
 SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low-bit optimizers and bitsandbytes
 POWERS = ("auto", "full", "sampled", "half")
-SPARE = 4  # columns of a sample for each of the basis: fewer than that do not show its weak directions
+PARTS = 4  # of a gradient along its larger side, of which a sample is one; a quarter did as well as a half
+SPARE = 2  # columns of a sample for each of the basis: fewer than that do not show its weak directions
+LARGE = 1 << 18  # values of a matrix from which its products cost more than all the rest, and a sample was no worse than the whole
 ELONGATED = 16  # ratio of the sides that embeddings, heads and depthwise convolutions have; MLPs have up to 8, other convolutions mostly 9
 SCALINGS = ("factored", "column")
 EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
@@ -51,11 +53,12 @@ class LayerPlan:
     Attributes:
         rank: columns of the basis: an integer, or a fraction in (0, 1] of the smaller matrix dimension (rounded down, at least 1).
         scouts: directions of the start that are fresh Gaussian ones before each step (T3); fewer when the rank is smaller.
-        power: how the basis moves: "full", one power step from the basis before; "sampled", one that sees half of the gradient along its
-            larger side, drawn anew before each step, which costs half as much and on language models is a little worse ("full" where
-            that half is less than four for each direction of the basis); or "half", half a step from the momentum. "auto" is "half" for
+        power: how the basis moves: "full", one power step from the basis before; "sampled", one that sees a quarter of the gradient along
+            its larger side, drawn anew before each step, and takes the rest to leave the basis where it is ("full" where that quarter
+            has less than two columns for each direction of the basis); or "half", half a step from the momentum. "auto" is "half" for
             matrices whose sides are as 16 to 1 or more, such as embeddings: a gradient of which a few rows are not zero would turn the
-            whole basis to the words of its batch, and mix the moments of all others. Else it is "full".
+            whole basis to the words of its batch, and mix the moments of all others. Else it is "sampled" from 2^18 values on, where it
+            costs a quarter and wide models do no worse by it, and "full" below, where small ones do.
         basis_codec: how the basis is kept between steps. It is orthonormalised again before it is used (T4).
         factor_codec: quantise the factor U = PᵀH too (LRQ, T4); None leaves it exact.
         moment_codec: how the moments of U are kept: the first as it is, the second as its square root.
@@ -125,8 +128,8 @@ class LayerPlan:
         small, large = sorted((rows, cols))
         power = self.power
         if power == "auto":
-            power = "half" if large >= ELONGATED * small else "full"
-        return "full" if power == "sampled" and large < 2 * SPARE * self.columns(rows, cols) else power
+            power = "half" if large >= ELONGATED * small else "sampled" if rows * cols >= LARGE else "full"
+        return "full" if power == "sampled" and large < PARTS * SPARE * self.columns(rows, cols) else power
 
     def columns(self, rows: int, cols: int, name: str = "parameter") -> int:
         """The rank for a matrix of this shape. Raises ConfigError when an integer rank is above the smaller dimension."""
