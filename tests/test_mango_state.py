@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mango import LayerPlan, Mango, codecs
 from mango.errors import ConfigError, NonFinite
+from mango.optim.guard import Guard
 from mango.optim.plan import matrix_count, matrix_shape
 from mango.subspace import gaussian
 
@@ -109,6 +110,16 @@ def test_non_finite_gradients_are_refused_before_anything_changes(bad: float) ->
     assert all(torch.equal(one, two) for one, two in zip(before, (fine, broken, small), strict=True))
     assert all(torch.equal(value, optimizer.state[fine][key]) for key, value in state.items())
     push(optimizer, [(fine, grad), (broken, grad), (small, torch.ones(7))])  # and training may go on
+
+
+def test_finite_gradients_are_admitted_whatever_their_size() -> None:
+    grads = [
+        torch.tensor([3e38, -3e38]),
+        torch.empty(0, 4),
+        torch.tensor([6e4, -6e4], dtype=torch.float16),
+        torch.ones(2, dtype=torch.bfloat16),
+    ]
+    assert all(one is other for one, other in zip(Guard().admit(grads, list("abcd")), grads, strict=True))
 
 
 def test_sparse_complex_and_integer_are_refused_by_name() -> None:

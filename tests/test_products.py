@@ -66,6 +66,18 @@ def test_a_factor_is_lifted_within_the_rounding_of_both_in_bands_as_at_once(m: i
     assert torch.equal(banded, found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_matrices_are_multiplied_alike_from_either_side(dtype: torch.dtype, turned: bool) -> None:
+    a, b = gaussian((2, 400, 500), (0,)).to(dtype), gaussian((2, 400 if turned else 500, 8), (1,)).to(dtype)
+    a = a.mT if turned else a
+    found, exact = products.matmul(a, b), a.double() @ b.double()
+    assert found.dtype == dtype and found.shape == exact.shape
+    assert float((found.double() - exact).norm() / exact.norm()) < 4 * torch.finfo(dtype).eps
+    if dtype == torch.bfloat16:
+        assert (found.stride(-1) == 1) != turned, "a transposed matrix is read as it lies"
+
+
 def test_integers_that_fill_the_codes_are_multiplied_exactly() -> None:
     draw = torch.Generator().manual_seed(0)
     a, x = (torch.randint(-127, 128, shape, generator=draw).float() for shape in ((2, 40, 60), (2, 5, 40)))

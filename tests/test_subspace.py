@@ -160,6 +160,28 @@ def test_one_step_never_does_worse_than_the_basis_it_started_from() -> None:
         assert float(captured_energy(power_step(v, g)[0], g)) >= float(captured_energy(v, g)) - 1e-6
 
 
+@given(seed=st.integers(0, 1000), damping=st.floats(0.1, 30.0), scouts=st.integers(0, 4))
+def test_a_damped_step_never_does_worse_than_what_it_started_from(seed: int, damping: float, scouts: int) -> None:
+    g, v = gaussian((20, 31), (seed, 0)), orthonormalize(gaussian((20, 5), (seed, 1)))
+    fresh = gaussian((20, scouts), (seed, 2))
+    start = orthonormalize(torch.cat([v[:, : 5 - scouts], fresh], dim=-1))  # T3
+    assert float(captured_energy(power_step(v, g, fresh, damping)[0], g)) >= float(captured_energy(start, g)) - 1e-6
+
+
+def test_damping_holds_the_basis_and_leaves_scouts_free() -> None:
+    g, v, fresh = gaussian((20, 31), (1,)), orthonormalize(gaussian((20, 5), (2,))), gaussian((20, 2), (3,))
+    moves = [power_step(v, g, fresh, damping) for damping in (0.0, 3.0, 1e6)]
+    angles = [float(principal_cosines(v[:, :3], basis).min()) for basis, _ in moves]
+    assert angles[0] < angles[1] < angles[2] and angles[2] > 1 - 1e-6
+    free = torch.linalg.qr(torch.cat([v[:, :3], g @ (g.mT @ (fresh - v[:, :3] @ (v[:, :3].mT @ fresh)))], dim=-1)).Q
+    assert float(principal_cosines(moves[2][0], free).min()) > 1 - 1e-6
+    same = power_step(v, lambda x: g @ (g.mT @ x), fresh, 3.0)
+    assert float(principal_cosines(same[0], moves[1][0]).min()) > 1 - 1e-5 and torch.allclose(same[1], moves[1][1], rtol=1e-3)
+    u = torch.linalg.svd(g, full_matrices=False)
+    _, energy = power_step(u[0][:, :5], g, damping=3.0)
+    assert torch.allclose(energy, u[1][:5].square(), rtol=1e-4), "exact for singular vectors"
+
+
 @pytest.mark.parametrize("scouts", [1, 3])
 def test_scout_certificate_holds_in_expectation_on_the_worst_case(scouts: int) -> None:
     dim, rank, draws = 12, 4, 4000
@@ -195,6 +217,8 @@ def test_energy_estimate_of_columns_is_a_lower_bound_and_sorts() -> None:
     single, estimate = power_step(orthonormalize(gaussian((40, 1), (2,))), g)
     assert float(estimate) <= float((single.mT @ g).square().sum()) * (1 + 1e-5)
     assert float(estimate) > 0.3 * float((single.mT @ g).square().sum())
+    damped, lower = power_step(orthonormalize(gaussian((40, 1), (2,))), g, damping=3.0)
+    assert float(lower) <= float((damped.mT @ g).square().sum()) * (1 + 1e-5)
     same = power_step(orthonormalize(gaussian((40, 6), (1,))), lambda x: g @ (g.mT @ x))
     assert torch.allclose(energy, same[1], rtol=1e-3) and float(principal_cosines(v, same[0]).min()) > 1 - 1e-4
 
