@@ -45,7 +45,7 @@ def orthonormalize(x: Tensor) -> Tensor:
 
 def _orthonormalize(x: Tensor, size: Tensor | None = None, rough: bool = False) -> tuple[Tensor, Tensor]:
     """Also the diagonal of R in x = V R, (…, min(n, k)): how much each column adds to the span of those before it. With ``size`` (…, k)
-    both are sorted by what that is when the columns are divided by their sizes, strongest first, and the squares of that are returned.
+    the columns are sorted by the square of diagonal / size, strongest first, and it is returned in the place of the diagonal.
 
     Rounding the Gram matrix leaves VᵀV - I of at most ‖R⁻¹‖² times that rounding. Where ‖R⁻¹‖² is small one round is therefore as good as
     two, and a CPU, which can look, stops there. ``rough`` asks for no more than bfloat16 resolves.

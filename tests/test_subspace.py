@@ -177,6 +177,8 @@ def test_damping_holds_the_basis_and_leaves_scouts_free() -> None:
     assert float(principal_cosines(moves[2][0], free).min()) > 1 - 1e-6
     same = power_step(v, lambda x: g @ (g.mT @ x), fresh, 3.0)
     assert float(principal_cosines(same[0], moves[1][0]).min()) > 1 - 1e-5 and torch.allclose(same[1], moves[1][1], rtol=1e-3)
+    for nothing in (torch.zeros(1, 20, 31), torch.zeros(1, 20, 31, dtype=torch.bfloat16)):
+        assert float(principal_cosines(v[None, :, :3], power_step(v[None], nothing, fresh[None], 3.0)[0]).min()) > 1 - 1e-5
     u = torch.linalg.svd(g, full_matrices=False)
     _, energy = power_step(u[0][:, :5], g, damping=3.0)
     assert torch.allclose(energy, u[1][:5].square(), rtol=1e-4), "exact for singular vectors"

@@ -17,7 +17,7 @@ SMALLEST = 4096  # values; smaller tensors keep plain AdamW, as in torchao's low
 POWERS = ("auto", "full", "sampled", "half")
 PARTS = 4  # of a gradient along its larger side, of which a sample is one; a quarter did as well as a half
 SPARE = 2  # columns of a sample for each of the basis: fewer than that do not show its weak directions
-LARGE = 1 << 18  # values of a matrix from which its products cost more than all the rest, and a sample was no worse than the whole
+LARGE = 1 << 18  # values of a matrix from which its products cost more than all the rest, and a sample does better than the whole
 ELONGATED = 16  # ratio of the sides that embeddings, heads and depthwise convolutions have; MLPs have up to 8, other convolutions mostly 9
 SCALINGS = ("factored", "column")
 EXPERT = 32  # least side of an expert's matrix; the last side of a one-dimensional convolution is its window
@@ -58,7 +58,7 @@ class LayerPlan:
             has less than two columns for each direction of the basis); or "half", half a step from the momentum. "auto" is "half" for
             matrices whose sides are as 16 to 1 or more, such as embeddings: a gradient of which a few rows are not zero would turn the
             whole basis to the words of its batch, and mix the moments of all others. Else it is "sampled" from 2^18 values on, where it
-            costs a quarter and wide models do no worse by it, and "full" below, where small ones do.
+            costs a quarter and wide models do better by it, and "full" below, where small ones do worse.
         basis_codec: how the basis is kept between steps. It is orthonormalised again before it is used (T4).
         factor_codec: quantise the factor U = PᵀH too (LRQ, T4); None leaves it exact.
         moment_codec: how the moments of U are kept: the first as it is, the second as its square root.
