@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from types import ModuleType
 from typing import ClassVar, NamedTuple
 
@@ -118,9 +118,9 @@ def admit(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return x.detach().reshape(-1)
 
 
-def all_finite(flat: Tensor) -> bool:
-    """Whether no value of (n,) is NaN or infinite, without a mask of the tensor's size; a tensor on the meta device has no values."""
-    return flat.is_meta or flat.numel() == 0 or bool(torch.stack(flat.aminmax()).isfinite().all())
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite, by one reduction and without a mask of the tensor's size; the meta device has no values."""
+    return x.is_meta or x.numel() == 0 or all(isfinite(end.item()) for end in x.aminmax())
 
 
 def check_generator(x: Tensor, generator: torch.Generator | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mango.codecs.base import all_finite
 from mango.errors import NonFinite
 
 
@@ -27,17 +28,18 @@ class Guard:
         admitted = list(grads)
         for device in dict.fromkeys(grad.device for grad in grads):
             places = [place for place, grad in enumerate(grads) if grad.device == device]
-            # large values overflow too, which a CPU finds out at the second look and a card does not
-            finite = _totals([grads[place] for place in places]).isfinite()  # (len(places),)
-            if device.type == "cuda":
-                verdict = torch.empty(len(places), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(device))
-                self._pending.append((verdict, event, [names[place] for place in places]))
-                for place, ok in zip(places, finite.unbind(), strict=True):
-                    admitted[place] = grads[place].masked_fill_(~ok, 0.0)
-            elif not bool(finite.all()):
-                self._refuse([names[place] for place in places if not bool(grads[place].isfinite().all())])
+            if device.type != "cuda":
+                self._refuse([names[place] for place in places if not all_finite(grads[place])])
+                continue
+            # norms, for which a card has one kernel; in float32 those of large values overflow, and count as not finite
+            norms = torch._foreach_norm([grads[place] for place in places], dtype=torch.float32)
+            finite = torch.stack(norms).isfinite()  # (len(places),)
+            verdict = torch.empty(len(places), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            self._pending.append((verdict, event, [names[place] for place in places]))
+            for place, ok in zip(places, finite.unbind(), strict=True):
+                admitted[place] = grads[place].masked_fill_(~ok, 0.0)
         return admitted
 
     def settle(self) -> None:
@@ -54,13 +56,3 @@ class Guard:
         if names:
             more = f" and {len(names) - 5} others" if len(names) > 5 else ""
             raise NonFinite(f"the gradient of {', '.join(names[:5])}{more} holds NaN or infinity")
-
-
-def _totals(grads: Sequence[Tensor]) -> Tensor:
-    """Of tensors on one device something that is not finite where one of their values is not, (len(grads),) float32.
-
-    Norms, for which a card has one kernel; on a CPU the spread of the values, which is found at the speed of its memory.
-    """
-    if grads[0].device.type == "cuda":
-        return torch.stack(torch._foreach_norm(list(grads), dtype=torch.float32))
-    return torch.stack([torch.sub(*grad.aminmax()).float() if grad.numel() else torch.zeros(()) for grad in grads])
