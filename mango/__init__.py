@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from mango.optim.groups import MuonMango, param_groups
     from mango.optim.mango import Mango
     from mango.optim.plan import LayerPlan
-    from mango.subspace import Subspace, orthonormalize
+    from mango.orthonormal import orthonormalize
+    from mango.subspace import Subspace
 
 __version__ = "0.1.0"
 
@@ -21,7 +22,7 @@ _HOME = {
     "Mango": "mango.optim.mango",
     "MuonMango": "mango.optim.groups",
     "Subspace": "mango.subspace",
-    "orthonormalize": "mango.subspace",
+    "orthonormalize": "mango.orthonormal",
     "param_groups": "mango.optim.groups",
 }
 __all__ = [

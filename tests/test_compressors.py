@@ -16,8 +16,8 @@ from mango.compressors.base import fold
 from mango.compressors.lowrank import projected_alpha
 from mango.compressors.sparse import index_type, round_stochastically
 from mango.errors import ConfigError, NonFinite
+from mango.orthonormal import orthonormalize
 from mango.packed import Packed
-from mango.subspace import orthonormalize
 from tests.contracts.inputs import DTYPES, SHAPES, adversarial, error_ratio
 
 EXTRA = [

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mango import LayerPlan, Mango
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.optim.accounting import layer_nbytes
 from mango.optim.convert import convert
-from mango.subspace import gaussian
 
 EXACT = LayerPlan(rank=8, basis_codec="fp32", moment_codec="fp32", error="gradient")
 PLANS = {

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mango import LayerPlan, Mango, MuonMango, param_groups
 from mango.compat import torchvision
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.optim import build
 from mango.optim.export import load_safetensors, save_safetensors
-from mango.subspace import gaussian
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mango import LayerPlan, Mango, codecs
+from mango.draws import counter_generator, gaussian
 from mango.errors import ConfigError
 from mango.feedback.buffer import ErrorBuffer
 from mango.optim.adamw import adamw
 from mango.stacked import Stacked
-from mango.subspace import counter_generator, gaussian, scout_alpha
+from mango.subspace import scout_alpha
 
 EXACT = LayerPlan(basis_codec="fp32", moment_codec="fp32", error="gradient")
 

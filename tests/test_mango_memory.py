@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mango import LayerPlan, Mango
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.optim import stacks
 from mango.optim.accounting import layer_nbytes
 from mango.policy.budget import LADDER, parse_budget
-from mango.subspace import gaussian
 from mango.telemetry import MemoryLedger
 
 

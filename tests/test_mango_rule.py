@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mango import LayerPlan, Mango
-from mango.subspace import counter_generator, gaussian, scout_alpha
+from mango.draws import counter_generator, gaussian
+from mango.subspace import scout_alpha
 
 EXACT = LayerPlan(basis_codec="fp32", moment_codec="fp32", error="gradient")
 

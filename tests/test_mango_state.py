@@ -11,10 +11,10 @@ from test_mango import matrix, push
 from torch import Tensor, nn
 
 from mango import LayerPlan, Mango, codecs
+from mango.draws import gaussian
 from mango.errors import ConfigError, NonFinite
 from mango.optim.guard import Guard
 from mango.optim.plan import matrix_count, matrix_shape
-from mango.subspace import gaussian
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (65, 67), (96, 5, 3, 3), (3, 40, 40)])

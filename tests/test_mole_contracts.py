@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from mango import Mango, bench
 from mango.bench import mole as mole_bench
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.mole import MoleConfig, MoleLinear, convert, revert
 from mango.mole.config import STORES
 from mango.mole.factors import take
 from mango.mole.gradients import REGISTRY
-from mango.subspace import gaussian
 from mango.telemetry import MemoryLedger
 
 EVERY = list(product(STORES, REGISTRY))

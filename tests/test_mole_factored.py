@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mango.draws import gaussian
 from mango.errors import ConfigError, NonFinite
 from mango.mole import Factors, MoleConfig, MoleOptimizer, convert
 from mango.mole import optimizer as mole_optimizer
 from mango.mole.factors import leave, take
-from mango.subspace import gaussian, orthonormalize
+from mango.orthonormal import orthonormalize
 
 SHAPES = [(96, 64), (64, 96), (64, 64)]  # (outputs, inputs)
 

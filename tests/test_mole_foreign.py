@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from mango.compat import require, transformers
+from mango.draws import gaussian
 from mango.mole import MoleConfig, MoleOptimizer, convert, revert
-from mango.subspace import gaussian
 
 
 class OwnLinear(nn.Linear):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.mole import MoleConfig, convert, products
-from mango.subspace import gaussian
 
 CARD = torch.device("cuda")
 on_card = pytest.mark.skipif(

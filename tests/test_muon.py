@@ -9,9 +9,9 @@ import torch
 from test_optim import make, parameters
 from torch import nn
 
+from mango.draws import gaussian
 from mango.optim import muon
 from mango.optim.muon import Muon, polar
-from mango.subspace import gaussian
 
 
 @pytest.mark.parametrize("units", [False, True])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mango import LayerPlan, Mango, codecs, native
 from mango.codecs.int8 import code_table
+from mango.draws import gaussian
 from mango.errors import NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.mole import pair
@@ -26,7 +27,6 @@ from mango.native import threads
 from mango.native.jit import compiled
 from mango.optim.guard import Guard
 from mango.products import Product, square_sums, to_bytes, to_bytes_down
-from mango.subspace import gaussian
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mango import optim
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.optim import Chain, Mango, build, split, state_nbytes
-from mango.subspace import gaussian
 
 CUDA = ("galore8bit", "pagedadamw8bit")  # their packages run there alone
 NAMES = sorted(name for name in optim.REGISTRY if name not in CUDA)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mango import LayerPlan, Mango
-from mango.subspace import gaussian
+from mango.draws import gaussian
 
 PLAN = LayerPlan(rank=8)
 

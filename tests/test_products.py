@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mango import products
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.optim import LayerPlan, Mango
 from mango.optim.layers import Hyper, LayerStack
+from mango.orthonormal import orthonormalize
 from mango.products import MOST, ByteMatrices, Lift
-from mango.subspace import captured_energy, gaussian, half_step, orthonormalize, power_step
+from mango.subspace import captured_energy, half_step, power_step
 from mango.workspace import Workspace
 
 CPU = torch.device("cpu")

@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mango import Subspace, orthonormalize
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.subspace import (
-    _shifted_cholesky_qr,
-    _unit_columns,
     captured_energy,
     estimate_energy,
-    gaussian,
     half_step,
     power_step,
     principal_cosines,
@@ -27,83 +25,10 @@ from mango.subspace import (
     scout_alpha,
 )
 
-KINDS = ("gaussian", "graded", "dependent", "zero", "tiny", "huge", "half", "nearly equal", "zero column", "repeated")
-
-
-def make(kind: str, n: int, k: int, seed: int) -> Tensor:
-    x = gaussian((n, k), (seed,))
-    if kind == "graded":
-        return x @ torch.diag(10.0 ** -torch.linspace(0, 12, k))
-    if kind == "dependent":
-        return x @ gaussian((k, max(1, k // 3)), (seed, 1)) @ gaussian((max(1, k // 3), k), (seed, 2))
-    if kind == "nearly equal":
-        return 1 + 1e-4 * x
-    if kind == "zero column":
-        return x.index_fill(1, torch.tensor([k // 2]), 0.0)
-    if kind == "repeated":
-        return x[:, :1].expand(n, k)
-    return {"zero": x * 0, "tiny": x * 1e-30, "huge": x * 1e30, "half": x.bfloat16()}.get(kind, x)
-
 
 def defect(v: Tensor) -> float:
     gram = v.double().mT @ v.double()
     return float(torch.linalg.matrix_norm(gram - torch.eye(v.shape[-1], dtype=torch.float64)).max())
-
-
-def outside(x: Tensor, v: Tensor) -> float:
-    """The share of x (n, k) that the span of v misses, column by column."""
-    unit = _unit_columns(x.double())[0]
-    return float(torch.linalg.vector_norm(unit - v.double() @ (v.double().mT @ unit), dim=0).max())
-
-
-@settings(max_examples=80, deadline=None)
-@given(kind=st.sampled_from(KINDS), n=st.integers(1, 80), k=st.integers(1, 90), seed=st.integers(0, 1000))
-def test_orthonormal_and_spanning_for_any_input(kind: str, n: int, k: int, seed: int) -> None:
-    x = make(kind, n, k, seed)
-    v = orthonormalize(x)
-    assert v.shape == (n, min(n, k)) and v.dtype == torch.float32
-    assert defect(v) <= 1e-5
-    assert outside(x[:, : min(n, k)], v) <= 1e-5
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n, k", [(2048, 128), (256, 256), (1024, 1)])
-def test_orthonormal_at_working_sizes(kind: str, n: int, k: int) -> None:
-    assert defect(orthonormalize(make(kind, n, k, 0))) <= 1e-5
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n, k", [(512, 64), (96, 96), (33, 1)])
-def test_the_path_for_accelerators_holds_the_same_bound(kind: str, n: int, k: int) -> None:
-    x = _unit_columns(make(kind, n, k, 0).float())[0]
-    v, diagonal = _shifted_cholesky_qr(x)
-    assert defect(v) <= 1e-5
-    if kind not in ("graded", "nearly equal"):  # columns that depend on earlier ones to 1e-4 may be replaced there
-        assert outside(x, v) <= 1e-4
-    if kind == "gaussian":
-        assert torch.allclose(diagonal, torch.linalg.qr(x.double())[1].diagonal().abs().float(), rtol=1e-3, atol=1e-5)
-
-
-def test_leading_columns_and_signs_follow_the_input() -> None:
-    x = gaussian((40, 6), (0,))
-    v = orthonormalize(x)
-    for k in range(1, 7):
-        assert outside(x[:, :k], v[:, :k]) <= 1e-5
-    assert bool(((v * x).sum(0) > 0).all())  # R has a positive diagonal, so a basis does not flip from step to step
-
-
-def test_batches_are_independent_even_when_one_member_falls_back() -> None:
-    members = [make(kind, 48, 8, 3) for kind in ("gaussian", "dependent", "zero", "graded")]
-    batch = orthonormalize(torch.stack([m.float() for m in members]))
-    for member, v in zip(members, batch, strict=True):
-        assert torch.allclose(orthonormalize(member), v, atol=1e-5)
-    assert orthonormalize(torch.randn(2, 3, 20, 4)).shape == (2, 3, 20, 4)
-    assert orthonormalize(torch.randn(5, 0)).shape == (5, 0)
-
-
-def test_double_stays_double() -> None:
-    v = orthonormalize(gaussian((30, 5), (0,), dtype=torch.float64))
-    assert v.dtype == torch.float64 and defect(v) < 1e-13
 
 
 @settings(max_examples=30, deadline=None)
@@ -146,7 +71,7 @@ def test_scouts_adopt_a_direction_that_the_warm_start_cannot_see() -> None:
     for space in (blind, seeing):
         for _ in range(30):
             space.step(before)
-        assert outside(eye[:, :2], space.basis) < 1e-3
+        assert float(captured_energy(space.basis, eye[:, :2])) > 1 - 1e-6
         space._basis = eye[:, :2].clone()  # no rounding error that could grow into the new direction
         for _ in range(4):
             space.step(after)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from mango import Subspace, compressors
-from mango.subspace import gaussian, orthonormalize
+from mango.draws import gaussian
+from mango.orthonormal import orthonormalize
 from theory import search
 from theory.algebra import everywhere, identity, letters, nonnegative, transpose, words
 from theory.base import Case, Check, Step, Theorem

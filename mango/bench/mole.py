@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mango.bench.timing import paired
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.models.gpt import Block, positions
 from mango.mole import MoleConfig, convert
-from mango.subspace import gaussian
 from mango.telemetry import MemoryLedger
 
 BASE, CHECKPOINTED = "dense", "activation checkpointing"

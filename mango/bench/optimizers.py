@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mango import optim
 from mango.bench.timing import paired
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.models.gpt import GPT
-from mango.subspace import gaussian
 
 SHAPES = ((1024, 1024),) * 4 + ((4096, 1024),) * 4 + ((1024, 4096),) * 4  # 37.7 million values: four blocks of width 1024
 BASE = "adamw"  # the ratio's denominator

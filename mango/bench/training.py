@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from mango import optim
 from mango.bench.timing import paired
+from mango.draws import counter_generator
 from mango.errors import ConfigError
 from mango.models.gpt import GPT
-from mango.subspace import counter_generator
 
 MODELS = {
     "gpt-124m": {"vocabulary": 50304, "depth": 12, "width": 768, "heads": 12},  # GPT-2's sizes, embedding and head tied as there

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mango.codecs.base import roundoff
 from mango.compressors.base import Compressor, check_count, flat_values, folded, resolve_count, saturate
+from mango.draws import gaussian
 from mango.errors import ConfigError
+from mango.orthonormal import orthonormalize
 from mango.packed import Packed
-from mango.subspace import gaussian, orthonormalize, power_step, scout_alpha
+from mango.subspace import power_step, scout_alpha
 
 ORTHONORMAL = 2e-5  # twice the bound on ||V'V - I|| that orthonormalize keeps
 

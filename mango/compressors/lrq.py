@@ -18,9 +18,11 @@ from mango.compressors.lowrank import (
     scaled_matrix,
     unfold,
 )
+from mango.draws import gaussian
 from mango.errors import ConfigError
+from mango.orthonormal import orthonormalize
 from mango.packed import Packed
-from mango.subspace import gaussian, orthonormalize, scout_alpha
+from mango.subspace import scout_alpha
 
 
 class LRQ(Compressor):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mango.subspace import orthonormalize, rotation
+from mango.orthonormal import orthonormalize
+from mango.subspace import rotation
 
 
 @dataclass(frozen=True)

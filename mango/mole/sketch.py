@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mango.draws import gaussian
 from mango.mole.factors import Factors, leave
 from mango.mole.gradients import Gradient
 from mango.mole.stores import Form, Saved
-from mango.subspace import gaussian, orthonormalize
+from mango.orthonormal import orthonormalize
 
 if TYPE_CHECKING:
     from mango.mole.layer import Layer

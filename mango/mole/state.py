@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.mole.layer import Layer
-from mango.subspace import gaussian, orthonormalize
+from mango.orthonormal import orthonormalize
 
 State = dict[str, dict[str, Any]]
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mango.draws import gaussian
 from mango.mole.config import columns
 from mango.mole.factors import Factors
-from mango.subspace import estimate_energy, gaussian, orthonormalize, power_step
+from mango.orthonormal import orthonormalize
+from mango.subspace import estimate_energy, power_step
 
 if TYPE_CHECKING:
     from mango.mole.layer import Layer

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.optim.base import KeepsTypes, loss_of
-from mango.subspace import gaussian, orthonormalize
+from mango.orthonormal import orthonormalize
 
 
 class AdaRankGrad(KeepsTypes):

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mango.draws import counter_generator, gaussian
 from mango.errors import ConfigError
 from mango.optim.layers import LayerStack
 from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
+from mango.orthonormal import orthonormalize
 from mango.stacked import Stacked
-from mango.subspace import counter_generator, gaussian, orthonormalize, power_step, rotate_moments, rotation
+from mango.subspace import power_step, rotate_moments, rotation
 
 PLAIN = ("exp_avg", "exp_avg_sq")  # plain AdamW's moments, float32 in the parameter's shape
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mango.subspace import captured_energy, orthonormalize, principal_cosines
+from mango.orthonormal import orthonormalize
+from mango.subspace import captured_energy, principal_cosines
 
 if TYPE_CHECKING:
     from mango.optim.layers import Hyper, LayerStack

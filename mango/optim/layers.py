@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mango import codecs, native
 from mango.codecs.base import all_finite
+from mango.draws import counter_generator
 from mango.errors import ConfigError, NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.native.threads import run
@@ -20,14 +21,7 @@ from mango.optim.plan import PARTS, LayerPlan
 from mango.optim.residual import Residual
 from mango.products import ByteMatrices, Lift, Product, in_bytes, in_halves, matmul, square_sums
 from mango.stacked import Stacked
-from mango.subspace import (
-    Matrix,
-    counter_generator,
-    half_step,
-    power_step,
-    rotation,
-    scout_alpha,
-)
+from mango.subspace import Matrix, half_step, power_step, rotation, scout_alpha
 from mango.workspace import Workspace
 
 STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 workspace, however many layers share a shape
