@@ -69,7 +69,7 @@ def missed(
     """
     wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     minus = other.view(np.float32)
-    unit, found = np.empty(TILE, np.float32), np.empty(TILE, np.uint8)
+    unit, inverse, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint8)
     for band in range(first, last):
         columns[band] = ZERO
         for i in range(band * BAND, min((band + 1) * BAND, h.shape[0])):
@@ -92,21 +92,26 @@ def missed(
                     store(bits, left[i, begin:end])
                 if codes.shape[0]:
                     peaks = scales[i, begin // block : end // block]
-                    _units(bits, values, peaks, block, unit[: end - begin])
+                    _units(bits, values, peaks, block, inverse[: peaks.size], unit[: end - begin])
                     nearest(unit[: end - begin], thresholds, order, found, codes[i, begin // 2 : end // 2])
             rows[i] = total
 
 
 @compiled
-def _units(bits: Array, values: Array, scales: Array, block: int, unit: Array) -> None:
-    """The largest magnitude of each block, and the values divided by it, as in ``encode_nibbles``. bits: the values as int32."""
-    for b in range(scales.size):
-        begin, end = b * block, (b + 1) * block
-        whole, parts = values[begin:end], unit[begin:end]
-        scales[b : b + 1].view(np.int32)[0] = largest(bits[begin:end])
-        inverse = ONE / max(scales[b], TINY)
+def _units(bits: Array, values: Array, scales: Array, block: int, inverse: Array, unit: Array) -> None:
+    """The largest magnitude of each block, and the values divided by it, as in ``encode_nibbles``. bits: the values as int32.
+
+    In three loops: block by block each product would wait for its division, and that for its search.
+    """
+    peaks = scales.view(np.int32)
+    for b in range(peaks.size):
+        peaks[b] = largest(bits[b * block : (b + 1) * block])
+    for b in range(inverse.size):
+        inverse[b] = ONE / max(scales[b], TINY)
+    for b in range(inverse.size):
+        whole, parts, factor = values[b * block : (b + 1) * block], unit[b * block : (b + 1) * block], inverse[b]
         for j in range(parts.size):
-            parts[j] = whole[j] * inverse
+            parts[j] = whole[j] * factor
 
 
 @compiled

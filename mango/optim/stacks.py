@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mango import native
+from mango.optim import lanes
 from mango.optim.adamw import step_group
 from mango.optim.layers import STACK_VALUES, Hyper, LayerStack
-from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
+from mango.optim.plan import LARGE, LayerPlan, matrix_count, matrix_shape
 from mango.products import in_halves
 from mango.workspace import Workspace
 
@@ -45,7 +48,8 @@ class Item:
 
 class Stacks:
     """The stacks of one optimizer, and the scratch memory that they share: no part of the state, a few times the size of the largest
-    matrix, or of STACK_VALUES values where that is more. On a card it is free for activations between steps.
+    matrix, or of STACK_VALUES values where that is more, and as much again where matrices are stepped in lanes. On a card it is free for
+    activations between steps.
 
     Attributes:
         of: parameter -> the stack that its state is a view of; built anew from the state when absent.
@@ -53,7 +57,7 @@ class Stacks:
 
     def __init__(self) -> None:
         self.of: dict[Tensor, LayerStack] = {}
-        self._workspaces: dict[torch.device, Workspace] = {}
+        self._workspaces: dict[tuple[torch.device, int], Workspace] = {}  # by device and lane
 
     def step(self, items: Sequence[Item], states: State, watching: bool) -> dict[str, dict[str, float]]:
         """Step these parameters. Returns the diagnostics by name, when they are watched.
@@ -75,16 +79,21 @@ class Stacks:
         found: dict[str, dict[str, float]] = {}
         for same in small.values():
             step_group(same[0].place.group, [item.param for item in same], [item.grad for item in same], states)
+        jobs: dict[int, list[list[Item]]] = {}  # by the number of lanes
         for same in large.values():
-            layers = max(1, _most_values(same[0]) // same[0].param.numel())
-            for first in range(0, len(same), layers):
-                found |= self._step_stack(same[first : first + layers], states, watching)
-        self._workspaces = {device: held for device, held in self._workspaces.items() if device.type in HOLDS}
+            param = same[0].param
+            beside = lanes.count(param.device) if prod(matrix_shape(param.shape)) >= LARGE else 1
+            each = max(1, min(_most_values(same[0]) // param.numel(), len(same) // beside))
+            jobs.setdefault(beside, []).extend(same[first : first + each] for first in range(0, len(same), each))
+        for beside, stacks in jobs.items():
+            steps = [partial(self._step_stack, self._stack(items, states), items, states, watching) for items in stacks]
+            for part in lanes.run(steps, [sum(item.param.numel() for item in items) for items in stacks], beside):
+                found |= part
+        self._workspaces = {place: held for place, held in self._workspaces.items() if place[0].type in HOLDS}
         return found
 
-    def _step_stack(self, items: list[Item], states: State, watching: bool) -> dict[str, dict[str, float]]:
+    def _step_stack(self, stack: LayerStack, items: list[Item], states: State, watching: bool, lane: int) -> dict[str, dict[str, float]]:
         group, params = items[0].place.group, [item.param for item in items]
-        stack = self._stack(items, states)
         for param in params:
             states[param]["step"] += 1
         step = states[params[0]]["step"]
@@ -98,11 +107,10 @@ class Stacks:
             seeds=[(group["seed"], step, item.place.number, part) for item in items for part in range(matrix_count(item.param.shape))],
             matmul=group["matmul"],
         )
-        device = params[0].device
-        workspace = self._workspaces.setdefault(device, Workspace(device))
         matrices = [part for item in items for part in as_matrices(item.param)]
         gradients = [part for item in items for part in as_matrices(item.grad)]
         names = [name for item in items for name in item.names()] if watching else None
+        workspace = self._workspaces.setdefault((stack.device, lane), Workspace(stack.device))
         return stack.step(matrices, gradients, hyper, workspace, names)
 
     def _stack(self, items: list[Item], states: State) -> LayerStack:

@@ -1,0 +1,87 @@
+"""Jobs side by side on a CPU, each on its share of torch's threads.
+
+On all threads at once, half of each matrix lies in another core's cache from one pass to the next, small factorisations leave all threads
+but one idle, and each pass lasts until the slowest thread is done. In a lane a matrix stays with its threads, and lanes wait for each other
+at the end of a step alone. Python's lock is common to them, so jobs have to be few and large.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+LANES = 2  # each needs scratch memory of its own
+TOGETHER = 1.1  # time of a job on all threads, in the place of that on a lane by the number of lanes: less at a low rank, more with error
+T = TypeVar("T")
+_pool: ThreadPoolExecutor | None = None
+
+
+def count(device: torch.device) -> int:
+    """How many lanes work on this device: 1 where torch has a single thread, and on cards, which have queues of their own."""
+    return min(LANES, torch.get_num_threads()) if device.type == "cpu" else 1
+
+
+def run(jobs: Sequence[Callable[[int], T]], sizes: Sequence[int], lanes: int) -> list[T]:
+    """The results of ``job(lane)``, lane < lanes, in the order of the jobs; begun from the largest on.
+
+    Jobs so large that a lane would be left without work are run before, on all threads. Modes of torch that belong to a thread, such as
+    ``no_grad`` and autocast, do not reach a lane. A failure is raised once all lanes have ended: the lane that failed begins no other job.
+    """
+    order = sorted(range(len(jobs)), key=lambda place: -sizes[place])
+    alone = _alone(tuple(sizes[place] for place in order), lanes) if lanes > 1 else len(jobs)
+    results = {place: jobs[place](0) for place in order[:alone]}
+    if order[alone:]:
+        _work(deque((place, jobs[place]) for place in order[alone:]), results, lanes)
+    return [results[place] for place in range(len(jobs))]
+
+
+@lru_cache(maxsize=64)
+def _alone(sizes: tuple[int, ...], lanes: int) -> int:
+    """How many of the largest are best run on all threads, one by one, before the others; sizes: descending."""
+    times = [TOGETHER * sum(sizes[:alone]) / lanes + _longest(sizes[alone:], lanes) for alone in range(len(sizes) + 1)]
+    return times.index(min(times))
+
+
+def _longest(sizes: Sequence[int], lanes: int) -> int:
+    """The length of the longest lane when each takes the next job once it is free."""
+    ends = [0] * lanes
+    for size in sizes:
+        ends[ends.index(min(ends))] += size
+    return max(ends)
+
+
+def _work(waiting: deque[tuple[int, Callable[[int], T]]], results: dict[int, T], lanes: int) -> None:
+    global _pool
+    _pool = _pool or ThreadPoolExecutor(LANES, "mango-lane")
+    threads = torch.get_num_threads()
+
+    def work(lane: int) -> None:
+        torch.set_num_threads(threads // lanes)  # of this thread
+        while waiting:
+            try:
+                place, job = waiting.popleft()
+            except IndexError:  # another lane was faster
+                return
+            results[place] = job(lane)
+
+    begun = [_pool.submit(work, lane) for lane in range(lanes)]
+    failures = [future.exception() for future in begun]
+    torch.set_num_threads(threads)  # for threads that are made later: they take the last number that any thread was given
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def _forget() -> None:
+    """Threads do not survive a fork: the child starts its own."""
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget)

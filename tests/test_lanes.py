@@ -1,0 +1,152 @@
+"""Large matrices are stepped in lanes, which change neither what is computed nor the caller's threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mango import Mango
+from mango.draws import gaussian
+from mango.optim import lanes
+
+SHAPES = ((512, 512), (512, 1024), (1024, 512), (512, 512))
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_lanes_share_torchs_threads_among_them() -> None:
+    assert lanes.count(torch.device("cpu")) == 2 and lanes.count(torch.device("meta")) == 1
+    torch.set_num_threads(1)
+    assert lanes.count(torch.device("cpu")) == 1
+    torch.set_num_threads(6)
+    assert lanes.count(torch.device("cpu")) == 2
+    together = threading.Barrier(2, timeout=60)  # passed only by jobs that run at the same time
+
+    def job(number: int, lane: int) -> tuple[int, int, int]:
+        together.wait()
+        return number, lane, torch.get_num_threads()
+
+    found = lanes.run([partial(job, number) for number in range(4)], [1, 1, 2, 2], 2)
+    assert [number for number, _, _ in found] == [0, 1, 2, 3]  # in the order of the jobs
+    assert {lane for _, lane, _ in found} == {0, 1}
+    assert [threads for _, _, threads in found] == [3] * 4
+    assert torch.get_num_threads() == 6
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [6]
+
+
+def test_jobs_that_would_leave_a_lane_idle_run_before_on_all_threads() -> None:
+    caller, begun = threading.get_ident(), list[int]()
+
+    def job(number: int, lane: int) -> tuple[bool, int]:
+        begun.append(number)
+        return threading.get_ident() == caller, torch.get_num_threads()
+
+    found = lanes.run([partial(job, number) for number in range(5)], [3, 1, 20, 3, 1], 2)
+    assert begun[0] == 2 and found[2] == (True, 2)
+    assert [found[number] for number in (0, 1, 3, 4)] == [(False, 1)] * 4
+    assert lanes.run([partial(job, number) for number in range(3)], [7, 7, 7], 2).count((True, 2)) == 1
+    assert lanes.run([partial(job, 0)], [7], 2) == [(True, 2)]
+
+
+@given(sizes=st.lists(st.integers(1, 100), max_size=8))
+def test_every_job_runs_once_whatever_the_sizes(sizes: list[int]) -> None:
+    ran: list[int] = []
+
+    def job(number: int, lane: int) -> int:
+        ran.append(number)
+        return number
+
+    assert lanes.run([partial(job, number) for number in range(len(sizes))], sizes, 2) == list(range(len(sizes)))
+    assert sorted(ran) == list(range(len(sizes)))
+
+
+def test_a_failure_is_raised_when_the_other_lane_has_ended() -> None:
+    failed, ended = threading.Event(), list[int]()
+
+    def fail(lane: int) -> None:
+        failed.set()
+        raise ValueError("of a job")
+
+    def slow(lane: int) -> None:
+        assert failed.wait(60)
+        ended.append(lane)
+
+    with pytest.raises(ValueError, match="of a job"):
+        lanes.run([fail, slow, slow, slow], [1, 1, 1, 1], 2)
+    assert len(ended) == 3 and torch.get_num_threads() == 2
+    assert lanes.run([lambda lane: 5] * 2, [1, 1], 2) == [5, 5]
+
+
+def optimizer(plan: dict[str, str]) -> tuple[Mango, list[Tensor]]:
+    params = [nn.Parameter(gaussian(shape, (place,)) / 32) for place, shape in enumerate(SHAPES)]
+    return Mango([(f"w{place}", param) for place, param in enumerate(params)], lr=1e-2, plan=plan), list(params)
+
+
+def steps(made: Mango, params: list[Tensor], first: int, last: int) -> None:
+    for step in range(first, last):
+        for place, param in enumerate(params):
+            param.grad = gaussian(param.shape, (step, place))
+        made.step()
+
+
+@pytest.mark.parametrize("error", ["codec", "none"])
+def test_a_step_in_lanes_is_the_step_on_one_thread(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    work = lanes._work
+    monkeypatch.setattr(lanes, "_work", lambda waiting, *rest: (used.append(len(waiting)), work(waiting, *rest))[1])
+    made, params = optimizer({"error": error})
+    made.observe()
+    steps(made, params, 0, 3)
+    assert used == [4] * 3 and set(made.diagnostics()) == {"w0", "w1", "w2", "w3"}
+    again, same = optimizer({"error": error})
+    steps(again, same, 0, 2)
+    resumed, copies = optimizer({"error": error})
+    for copy, value in zip(copies, same, strict=True):
+        copy.data.copy_(value)
+    resumed.load_state_dict(again.state_dict())
+    steps(resumed, copies, 2, 3)
+    assert all(torch.equal(one, other) for one, other in zip(params, copies, strict=True))  # whichever lane a matrix fell to
+
+    torch.set_num_threads(1)
+    used.clear()
+    serial, others = optimizer({"error": error})
+    steps(serial, others, 0, 3)
+    assert not used
+    for one, other, start in zip(*([p.detach() for p in found] for found in (params, others, optimizer({})[1])), strict=True):
+        moved = torch.linalg.vector_norm(other - start)
+        assert float(torch.linalg.vector_norm(one - other) / moved) < 0.02  # sums in another order, rounded to few bits
+
+
+def test_a_forked_child_has_lanes_of_its_own() -> None:
+    code = """
+import os, torch
+from mango.optim import lanes
+torch.set_num_threads(2)
+jobs = [lambda lane: 4] * 2
+lanes.run(jobs, [1, 1], 2)
+child = os.fork()
+if not child:
+    os._exit(sum(lanes.run(jobs, [1, 1], 2)))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "8"
