@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -94,6 +96,23 @@ def test_a_failure_is_raised_when_the_other_lane_has_ended() -> None:
         lanes.run([fail, slow, slow, slow], [1, 1, 1, 1], 2)
     assert len(ended) == 3 and torch.get_num_threads() == 2
     assert lanes.run([lambda lane: 5] * 2, [1, 1], 2) == [5, 5]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of one thread")
+def test_an_interrupt_waits_for_the_jobs_that_were_begun() -> None:
+    ended: list[int] = []
+
+    def job(number: int, lane: int) -> None:
+        time.sleep(0.2)
+        if number == 0:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.2)
+        ended.append(number)
+
+    lanes.run([lambda lane: None] * 2, [1, 1], 2)  # the threads are there
+    with pytest.raises(KeyboardInterrupt):
+        lanes.run([partial(job, number) for number in range(6)], [1] * 6, 2)
+    assert sorted(ended) == [0, 1] and torch.get_num_threads() == 2
 
 
 def optimizer(plan: dict[str, str]) -> tuple[Mango, list[Tensor]]:

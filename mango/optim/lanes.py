@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import TypeVar
 
@@ -70,12 +70,19 @@ def _work(waiting: deque[tuple[int, Callable[[int], T]]], results: dict[int, T],
                 return
             results[place] = job(lane)
 
-    begun = [_pool.submit(work, lane) for lane in range(lanes)]
-    failures = [future.exception() for future in begun]
-    torch.set_num_threads(threads)  # for threads that are made later: they take the last number that any thread was given
-    for failure in failures:
-        if failure is not None:
-            raise failure
+    begun: list[Future[None]] = []
+    try:
+        for lane in range(lanes):
+            begun.append(_pool.submit(work, lane))
+        wait(begun)
+    except BaseException:  # an interrupt: nothing works on when the caller goes on
+        waiting.clear()
+        wait(begun)
+        raise
+    finally:
+        torch.set_num_threads(threads)  # for threads that are made later: they take the last number that any thread was given
+    for ended in begun:
+        ended.result()
 
 
 def _forget() -> None:
