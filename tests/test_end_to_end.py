@@ -99,6 +99,16 @@ def test_one_command_makes_records_figures_numbers_and_the_pdf(artifact: Artifac
     assert not (artifact.folder / "paper/build/mango.pdf").exists(), "that one is the laptop tier's"
 
 
+def test_every_figure_is_an_output_so_that_the_report_shows_it(artifact: Artifact) -> None:
+    """But those that are drawn only where archived runs take their place."""
+    listed = artifact.snakemake("--summary")
+    outputs = {line.split("\t")[0] for line in listed.stdout.splitlines()}
+    figures = (artifact.folder / "results/smoke/figures").glob("*/*.png")
+    made = {path.relative_to(artifact.folder).as_posix() for path in figures if not path.stem.startswith("live_")}
+    assert "results/smoke/figures/02_theory/codecs.png" in made
+    assert made <= outputs, listed.stderr
+
+
 def test_it_uses_the_default_profile_and_shows_progress(artifact: Artifact) -> None:
     assert "profiles/default" in artifact.output
     assert f"Training cifar10: {VARIANTS[0]}, seed 0" in artifact.output

@@ -11,6 +11,9 @@ FIGURES = {
     "06_vision": ["pareto", "curves_cnn", "curves_vit", "recovered_cnn", "recovered_vit"],
     "07_llama": ["pretrain", "held"],
 }
+# Figure -> the theorem that it shows: a tier may check a part of them.
+SHOWN = {"codecs": "T1", "scouts": "T3", "ef21": "T5", "byzantine": "T6"}
+FIGURES["02_theory"] += [figure for figure, theorem in SHOWN.items() if theorem in jobs.theorems(TIER_CONFIG)]
 # Notebook -> what it reads: experiments, the contexts, the theorems, or the evaluation of policies. It runs in the tiers that have all of it.
 READS = {
     "00_quickstart": (),
