@@ -48,11 +48,13 @@ def test_lanes_share_torchs_threads_among_them() -> None:
     assert {lane for _, lane, _ in found} == {0, 1}
     assert [threads for _, _, threads in found] == [3] * 4
     assert torch.get_num_threads() == 6
+    torch.set_num_threads(5)
+    assert {lane: threads for _, lane, threads in lanes.run([partial(job, number) for number in range(2)], [1, 1], 2)} == {0: 3, 1: 2}
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert later == [6]
+    assert later == [5]
 
 
 def test_jobs_that_would_leave_a_lane_idle_run_before_on_all_threads() -> None:

@@ -11,15 +11,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TypeVar
 
 import torch
 
 LANES = 2  # each needs scratch memory of its own
-TOGETHER = 1.1  # time of a job on all threads, in the place of that on a lane by the number of lanes: less at a low rank, more with error
+TOGETHER = 1.1  # how much longer a job keeps all threads busy than its lane's: about that, less at a low rank and more with stored error
 T = TypeVar("T")
-_pool: ThreadPoolExecutor | None = None
 
 
 def count(device: torch.device) -> int:
@@ -57,23 +56,21 @@ def _longest(sizes: Sequence[int], lanes: int) -> int:
 
 
 def _work(waiting: deque[tuple[int, Callable[[int], T]]], results: dict[int, T], lanes: int) -> None:
-    global _pool
-    _pool = _pool or ThreadPoolExecutor(LANES, "mango-lane")
     threads = torch.get_num_threads()
 
     def work(lane: int) -> None:
-        torch.set_num_threads(threads // lanes)  # of this thread
-        while waiting:
+        torch.set_num_threads(threads // lanes + (lane < threads % lanes))  # of this thread
+        while True:
             try:
                 place, job = waiting.popleft()
-            except IndexError:  # another lane was faster
+            except IndexError:  # none is left
                 return
             results[place] = job(lane)
 
     begun: list[Future[None]] = []
     try:
         for lane in range(lanes):
-            begun.append(_pool.submit(work, lane))
+            begun.append(_pool().submit(work, lane))
         wait(begun)
     except BaseException:  # an interrupt: nothing works on when the caller goes on
         waiting.clear()
@@ -85,10 +82,9 @@ def _work(waiting: deque[tuple[int, Callable[[int], T]]], results: dict[int, T],
         ended.result()
 
 
-def _forget() -> None:
-    """Threads do not survive a fork: the child starts its own."""
-    global _pool
-    _pool = None
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(LANES, "mango-lane")
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork: the child starts its own
