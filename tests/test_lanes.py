@@ -154,7 +154,7 @@ def test_a_step_in_lanes_is_the_step_on_one_thread(error: str, monkeypatch: pyte
     assert not used
     for one, other, start in zip(*([p.detach() for p in found] for found in (params, others, optimizer({})[1])), strict=True):
         moved = torch.linalg.vector_norm(other - start)
-        assert float(torch.linalg.vector_norm(one - other) / moved) < 0.02  # sums in another order, rounded to few bits
+        assert float(torch.linalg.vector_norm(one - other) / moved) < 1e-3  # sums in another order, rounded to few bits
 
 
 def test_a_forked_child_has_lanes_of_its_own() -> None:

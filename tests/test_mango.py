@@ -208,6 +208,23 @@ def test_batched_layers_step_as_they_would_alone() -> None:
     assert torch.allclose(alone, together[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_step_within_autocast_is_the_step_without(fuse: bool) -> None:
+    """Autocast is for the model: torch's optimizers multiply nothing that it would round, and ours does."""
+    weights = []
+    for enabled in (False, True):
+        param = matrix()
+        optimizer = Mango([param], lr=1e-2, fuse_backward=fuse)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = (param * gaussian((64, 96), (step,))).sum()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss.backward()
+                optimizer.step()
+        weights.append(param.detach())
+    assert torch.equal(*weights)
+
+
 def test_large_layers_are_not_stacked_beyond_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mango.optim.stacks.STACK_VALUES", 2 * 64 * 96)
     params = [matrix(seed=seed) for seed in range(5)]

@@ -111,7 +111,8 @@ class Stacks:
         gradients = [part for item in items for part in as_matrices(item.grad)]
         names = [name for item in items for name in item.names()] if watching else None
         workspace = self._workspaces.setdefault((stack.device, lane), Workspace(stack.device))
-        return stack.step(matrices, gradients, hyper, workspace, names)
+        with torch.autocast(stack.device.type, enabled=False):  # which would round products in float32, outside of lanes alone
+            return stack.step(matrices, gradients, hyper, workspace, names)
 
     def _stack(self, items: list[Item], states: State) -> LayerStack:
         """The stack whose members are exactly these parameters; formed anew, from their states, when the members changed."""
