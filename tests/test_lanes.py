@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from operator import length_hint
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from mango import Mango
 from mango.draws import gaussian
+from mango.native.threads import _openmp
 from mango.optim import lanes
 
 SHAPES = ((512, 512), (512, 1024), (1024, 512), (512, 512))
@@ -58,17 +60,30 @@ def test_lanes_share_torchs_threads_among_them() -> None:
 
 
 def test_jobs_that_would_leave_a_lane_idle_run_before_on_all_threads() -> None:
-    caller, begun = threading.get_ident(), list[int]()
+    begun: list[int] = []
 
-    def job(number: int, lane: int) -> tuple[bool, int]:
+    def job(number: int, lane: int) -> int:
         begun.append(number)
-        return threading.get_ident() == caller, torch.get_num_threads()
+        return torch.get_num_threads()
 
-    found = lanes.run([partial(job, number) for number in range(5)], [3, 1, 20, 3, 1], 2)
-    assert begun[0] == 2 and found[2] == (True, 2)
-    assert [found[number] for number in (0, 1, 3, 4)] == [(False, 1)] * 4
-    assert lanes.run([partial(job, number) for number in range(3)], [7, 7, 7], 2).count((True, 2)) == 1
-    assert lanes.run([partial(job, 0)], [7], 2) == [(True, 2)]
+    assert lanes.run([partial(job, number) for number in range(5)], [3, 1, 20, 3, 1], 2) == [1, 1, 2, 1, 1] and begun[0] == 2
+    assert sorted(lanes.run([partial(job, number) for number in range(3)], [7, 7, 7], 2)) == [1, 1, 2]
+    assert lanes.run([partial(job, 0)], [7], 2) == [2]
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_a_lane_works_in_torchs_team_where_each_has_one_thread(threads: int) -> None:
+    """So no thread of that team is left to spin for more work beside the lanes."""
+    torch.set_num_threads(threads)
+    together, callers = threading.Barrier(2, timeout=60), list[int]()
+
+    def job(lane: int) -> None:
+        callers.append(threading.get_ident())
+        together.wait()
+
+    lanes.run([job, job], [1, 1], 2)
+    assert _openmp() is not None and len(set(callers)) == 2
+    assert (threading.get_ident() in callers) == (threads == 2)
 
 
 @given(sizes=st.lists(st.integers(1, 100), max_size=8))
@@ -101,10 +116,13 @@ def test_a_failure_is_raised_when_the_other_lane_has_ended() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of one thread")
-def test_an_interrupt_waits_for_the_jobs_that_were_begun() -> None:
-    ended: list[int] = []
+@pytest.mark.parametrize("threads", [2, 4])
+def test_an_interrupt_begins_nothing_and_waits_for_the_other_lane(threads: int) -> None:
+    torch.set_num_threads(threads)
+    begun, ended = list[int](), list[int]()
 
     def job(number: int, lane: int) -> None:
+        begun.append(number)
         time.sleep(0.2)
         if number == 0:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -114,7 +132,10 @@ def test_an_interrupt_waits_for_the_jobs_that_were_begun() -> None:
     lanes.run([lambda lane: None] * 2, [1, 1], 2)  # the threads are there
     with pytest.raises(KeyboardInterrupt):
         lanes.run([partial(job, number) for number in range(6)], [1] * 6, 2)
-    assert sorted(ended) == [0, 1] and torch.get_num_threads() == 2
+    assert sorted(begun) == [0, 1] and torch.get_num_threads() == threads
+    assert len(ended) == (1 if threads == 2 else 2)  # the caller, where it is a lane itself, stops where it is
+    time.sleep(0.5)
+    assert sorted(begun) == [0, 1]
 
 
 def optimizer(plan: dict[str, str]) -> tuple[Mango, list[Tensor]]:
@@ -133,7 +154,7 @@ def steps(made: Mango, params: list[Tensor], first: int, last: int) -> None:
 def test_a_step_in_lanes_is_the_step_on_one_thread(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     work = lanes._work
-    monkeypatch.setattr(lanes, "_work", lambda waiting, *rest: (used.append(len(waiting)), work(waiting, *rest))[1])
+    monkeypatch.setattr(lanes, "_work", lambda waiting, *rest: (used.append(length_hint(waiting)), work(waiting, *rest))[1])
     made, params = optimizer({"error": error})
     made.observe()
     steps(made, params, 0, 3)

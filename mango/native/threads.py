@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 GRAIN = 1 << 15  # values for which another thread pays, as in torch
 _pool: ThreadPoolExecutor | None = None
 _forked = False
@@ -32,8 +33,8 @@ def run(loop: Callable[..., None], count: int, each: int, *arguments: Tensor | i
     Arguments: tensors on the CPU, which the loop sees as arrays; int; float, which it sees as float32.
     """
     parts = max(1, min(torch.get_num_threads(), count * each // GRAIN))
-    library = None if parts == 1 or _forked else _openmp()
-    if library is not None:
+    library = _openmp()
+    if library is not None and parts > 1 and not _forked:
         from mango.native import team
 
         team.run(library, loop, count, parts, arguments)
@@ -53,6 +54,18 @@ def _as_numpy(argument: Tensor | int | float) -> Any:
     return np.float32(argument) if isinstance(argument, float) else argument
 
 
+def on_team(work: Callable[[int], None], threads: int) -> bool:
+    """``work(number)``, number < threads, on each thread of torch's OpenMP team. False, and nothing is done, where it cannot be had.
+
+    Python's lock is theirs to share. What ``work`` raises is lost. Within, torch's own operations have a thread each.
+    """
+    library = _openmp()
+    if library is None or _forked:
+        return False
+    library.GOMP_parallel(_CALL(lambda _: work(library.omp_get_thread_num())), None, threads, 0)
+    return True
+
+
 @cache
 def _openmp() -> ctypes.CDLL | None:
     """GNU's OpenMP library, if torch has loaded it."""
@@ -66,6 +79,7 @@ def _openmp() -> ctypes.CDLL | None:
             continue
         library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         library.GOMP_parallel.restype = None
+        library.omp_get_thread_num.restype = ctypes.c_int
         return library
     return None
 

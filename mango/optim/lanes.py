@@ -3,18 +3,23 @@
 On all threads at once, half of each matrix lies in another core's cache from one pass to the next, small factorisations leave all threads
 but one idle, and each pass lasts until the slowest thread is done. In a lane a matrix stays with its threads, and lanes wait for each other
 at the end of a step alone. Python's lock is common to them, so jobs have to be few and large.
+
+Where torch has no more threads than there are lanes, a lane is one of the threads of its OpenMP team: threads of our own would share the
+processor with that team, which spins for milliseconds after an operation of torch, waiting for more work.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+
+from mango.native.threads import on_team
 
 LANES = 2  # each needs scratch memory of its own
 TOGETHER = 1.1  # how much longer a job keeps all threads busy than its lane's: about that, less at a low rank and more with stored error
@@ -36,7 +41,7 @@ def run(jobs: Sequence[Callable[[int], T]], sizes: Sequence[int], lanes: int) ->
     alone = _alone(tuple(sizes[place] for place in order), lanes) if lanes > 1 else len(jobs)
     results = {place: jobs[place](0) for place in order[:alone]}
     if order[alone:]:
-        _work(deque((place, jobs[place]) for place in order[alone:]), results, lanes)
+        _work(iter([(place, jobs[place]) for place in order[alone:]]), results, lanes)
     return [results[place] for place in range(len(jobs))]
 
 
@@ -55,31 +60,40 @@ def _longest(sizes: Sequence[int], lanes: int) -> int:
     return max(ends)
 
 
-def _work(waiting: deque[tuple[int, Callable[[int], T]]], results: dict[int, T], lanes: int) -> None:
+def _work(waiting: Iterator[tuple[int, Callable[[int], T]]], results: dict[int, T], lanes: int) -> None:
     threads = torch.get_num_threads()
+    failures: list[BaseException] = []
 
     def work(lane: int) -> None:
-        torch.set_num_threads(threads // lanes + (lane < threads % lanes))  # of this thread
-        while True:
-            try:
-                place, job = waiting.popleft()
-            except IndexError:  # none is left
-                return
-            results[place] = job(lane)
+        try:
+            torch.set_num_threads(threads // lanes + (lane < threads % lanes))  # of this thread
+            for place, job in waiting:
+                results[place] = job(lane)
+        except BaseException as failure:
+            failures.append(failure)
+            if not isinstance(failure, Exception):  # an interrupt: nothing else begins
+                deque(waiting, maxlen=0)
 
+    try:
+        if threads > lanes or not on_team(work, lanes):
+            _on_pool(work, lanes, waiting)
+    finally:
+        torch.set_num_threads(threads)  # for threads that are made later: they take the last number that any thread was given
+    if failures:
+        raise failures.pop(0)
+
+
+def _on_pool(work: Callable[[int], None], lanes: int, waiting: Iterator[Any]) -> None:
+    """``work`` on threads of ours, which may have teams of their own; torch's would have none within a team."""
     begun: list[Future[None]] = []
     try:
         for lane in range(lanes):
             begun.append(_pool().submit(work, lane))
         wait(begun)
     except BaseException:  # an interrupt: nothing works on when the caller goes on
-        waiting.clear()
+        deque(waiting, maxlen=0)
         wait(begun)
         raise
-    finally:
-        torch.set_num_threads(threads)  # for threads that are made later: they take the last number that any thread was given
-    for ended in begun:
-        ended.result()
 
 
 @cache
