@@ -213,7 +213,7 @@ class Lift:
             self._basis = workspace.take("basis codes", tuple(basis.shape), torch.int8)
             self._scales, _ = to_bytes(basis, self._basis)
 
-    def products(self, factor: Tensor, part: slice, purpose: str, whole: bool) -> Iterator[tuple[slice, slice, Product]]:
+    def products(self, factor: Tensor, part: slice, whole: bool) -> Iterator[tuple[slice, slice, Product]]:
         """P U (layers, m, n) of the layers of ``part``, or turned.
 
         Yields:
@@ -224,7 +224,7 @@ class Lift:
         if self._scales is None:
             factor = factor.to(basis.dtype)
             one, other = (factor.mT, basis.mT) if self._turned else (basis, factor)
-            out = self._workspace.take(purpose, (len(one), one.shape[-2], other.shape[-1]), basis.dtype)
+            out = self._workspace.take("product", (len(one), one.shape[-2], other.shape[-1]), basis.dtype)
             yield slice(None), slice(None), Product(matmul(one, other, out))
             return
         codes = self._workspace.take("codes", tuple(factor.shape), torch.int8)
@@ -234,7 +234,7 @@ class Lift:
             one, other, along, down = codes.mT, basis.mT, down, along
         layers, rows, cols = len(one), one.shape[-2], other.shape[-1]
         if whole:
-            sums = self._workspace.take(purpose, (layers, rows, cols), torch.int32)
+            sums = self._workspace.take("product", (layers, rows, cols), torch.int32)
             for a, b, result in zip(one, other, sums, strict=True):
                 torch._int_mm(a, b, out=result)
             yield slice(None), slice(None), Product(sums, (along, down))
@@ -243,7 +243,7 @@ class Lift:
         for layer in range(layers):
             for first, last in pairwise(rows * number // count for number in range(count + 1)):
                 band = slice(first, last)
-                sums = self._workspace.take(purpose, (1, last - first, cols), torch.int32)
+                sums = self._workspace.take("product", (1, last - first, cols), torch.int32)
                 torch._int_mm(one[layer, band], other[layer], out=sums[0])
                 here = slice(layer, layer + 1)
                 yield here, band, Product(sums, (along[here, band], down[here]))

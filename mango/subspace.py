@@ -18,7 +18,7 @@ from torch import Tensor
 from mango.draws import gaussian
 from mango.errors import ConfigError
 from mango.orthonormal import cholesky_qr, orthonormalize
-from mango.products import ByteMatrices, matmul, square_sums
+from mango.products import ByteMatrices, matmul
 
 Matrix = Tensor | ByteMatrices  # G (…, dim, n)
 Operator = Matrix | Callable[[Tensor], Tensor]  # G, or X (…, dim, k) -> G Gᵀ X (…, dim, k)
@@ -48,9 +48,10 @@ def power_step(
     q = basis.to(torch.float64 if basis.dtype == torch.float64 else torch.float32)
     if scouts is not None and scouts.shape[-1]:
         fresh, kept = scouts.to(q.dtype), kept - scouts.shape[-1]
-        inside = q.mT @ fresh  # of all columns, since products with some of them would copy these
-        inside[..., kept:, :] = 0.0
-        fresh = fresh - q @ inside
+        # (…, j, k), from this side, of all columns: products with a few columns on the right, or with some of q, copy the whole of it
+        inside = fresh.mT @ q
+        inside[..., kept:] = 0.0
+        fresh = fresh - (inside @ q.mT).mT
         fresh = fresh / torch.linalg.vector_norm(fresh, dim=-2, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
         q = torch.cat([q[..., :kept], fresh], dim=-1)
     if isinstance(g, ByteMatrices):
@@ -71,7 +72,7 @@ def power_step(
 def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """G Z diag(size / norm), (…, dim, k), for Z (…, n, k), the norms of the columns of Z, and what these are in the product, (…, k)."""
     exact = torch.float64 if z.dtype == torch.float64 else torch.float32
-    norm = _column_norms(z, exact).clamp_min(torch.finfo(exact).tiny)
+    norm = z.to(exact).square().sum(dim=-2).sqrt_().clamp_min(torch.finfo(exact).tiny)  # a norm would take ten times as long on a CPU
     if not isinstance(g, Tensor):
         return g.right(z.mT, norm).mT, norm, torch.ones_like(norm)
     if g.dtype == torch.bfloat16:
@@ -83,13 +84,6 @@ def _forward(g: Matrix, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _is_rough(g: Operator) -> bool:
     """Whether products with G are rounded as bfloat16 is, or further."""
     return isinstance(g, ByteMatrices) or (isinstance(g, Tensor) and g.dtype == torch.bfloat16)
-
-
-def _column_norms(z: Tensor, exact: torch.dtype) -> Tensor:
-    """Of z (…, n, k), (…, k); torch would convert a bfloat16 z first, on a CPU."""
-    if z.dtype == torch.bfloat16 and z.ndim == 3 and z.device.type == "cpu":
-        return (square_sums(z)[1] if z.stride(-1) == 1 else square_sums(z.mT)[0]).sqrt_()
-    return torch.linalg.vector_norm(z, dim=-2, dtype=exact)
 
 
 def half_step(

@@ -56,14 +56,14 @@ def test_a_factor_is_lifted_within_the_rounding_of_both_in_bands_as_at_once(m: i
     basis, factor, part = gaussian((3, m, k), (seed, 0)), gaussian((3, k, n), (seed, 1)), slice(1, 3)
     exact = basis.double() @ factor.double()
     lift = Lift(basis, turned, True, Workspace(CPU))
-    ((_, _, at_once),) = lift.products(factor, part, "whole", whole=True)
+    ((_, _, at_once),) = lift.products(factor, part, whole=True)
     found = at_once.floats()
     most = k * basis.abs().amax() * factor.abs().amax() * (2 / 254 + 1 / 254**2) * 1.001
     assert float((found - (exact.mT if turned else exact)[part]).abs().max()) <= most
     banded = torch.full_like(found, torch.nan)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "CACHED", 1)
-        for layers, rows, product in lift.products(factor, part, "bands", whole=False):
+        for layers, rows, product in lift.products(factor, part, whole=False):
             banded[layers, rows] = product.floats()
     assert torch.equal(banded, found)
 

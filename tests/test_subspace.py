@@ -205,8 +205,9 @@ def test_drift_is_one_for_a_still_matrix_and_zero_for_a_new_one() -> None:
     for _ in range(20):
         space.step(g)
     assert float(space.drift.min()) > 1 - 1e-5
-    space.step(torch.diag(torch.tensor([0.0, 0.0, 5.0, 4.0] + [0.0] * 6)) + 1e-9)
-    assert float(space.drift.max()) < 0.9
+    # from equal rows the two columns would be one, and the second a matter of rounding
+    space.step(torch.diag(torch.tensor([0.0, 0.0, 5.0, 4.0] + [0.0] * 6)) + 1e-3 * gaussian((10, 10), (0,)))
+    assert float(space.drift.max()) < 0.1
 
 
 @pytest.mark.parametrize(

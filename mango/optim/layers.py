@@ -145,7 +145,7 @@ class LayerStack:
         for first in range(0, self.layers, each):
             part = slice(first, first + each)
             left, factors = h[part], None if scale is None else (scale[0][part], scale[1][part])
-            for here, rows, step in lift.products(adam, part, "step", whole):
+            for here, rows, step in lift.products(adam, part, whole):
                 along = None if factors is None else (factors[0][here, rows], factors[1][here])
                 self._apply(params[part][here], grads[part][here], _band(left, here, rows), along, step, rows, hyper, workspace)
         return found
@@ -154,7 +154,7 @@ class LayerStack:
         """H <- H - PU (layers, rows, cols), which is also kept. Returns ``square_sums`` of it."""
         coded = self.error.coded()
         along, down = torch.empty(h.shape[:2], device=self.device), torch.zeros(len(h), self.cols, device=self.device)
-        for here, rows, product in lift.products(u, slice(None), "product", not native.ready(self.device)):
+        for here, rows, product in lift.products(u, slice(None), not native.ready(self.device)):
             into = None if coded is None else coded.band(here, rows)
             along[here, rows], sums = square_sums(h[here, rows], product, h[here, rows], into)
             down[here] += sums

@@ -58,7 +58,7 @@ class Residual:
 
         sums: of squares of H, along its rows and down its columns; exact: PᵀH, and u: it as it is used, (layers, r, n).
         """
-        captured = square_sums(exact)[1].clamp_max_(HUGE)
+        captured = exact.square().sum(dim=-2).clamp_max_(HUGE)  # (layers, n)
         along, across = (side.clamp_max(HUGE) for side in self.sides(sums))
         if not self.means:
             scale = self._column((across - captured).clamp_min_(0.0), captured if u is exact else square_sums(u)[1], adam)

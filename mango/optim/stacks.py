@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mango import native
+from mango import codecs, native
+from mango.codecs.fourbit import FourBit
 from mango.optim import lanes
 from mango.optim.adamw import step_group
 from mango.optim.layers import STACK_VALUES, Hyper, LayerStack
@@ -135,12 +136,16 @@ class Stacks:
 
 
 def _most_values(item: Item) -> int:
-    """Of a stack. Where gradients are read as they lie, only their bfloat16 copies are held together, half of the float32 workspace."""
+    """Of a stack: twice as many where no more than bfloat16 of them is held together, which is half of the float32 workspace.
+
+    Gradients that are read as they lie are converted one at a time, and with an error in four bits H is formed in bfloat16.
+    """
     group, plan = item.place.group, item.place.plan
     assert plan is not None
-    borrowed = plan.error == "none" and not group["maximize"] and item.param.dtype == torch.float32
-    small = borrowed and native.ready(item.param.device) and in_halves(matrix_shape(item.param.shape), item.param.device, group["matmul"])
-    return 2 * STACK_VALUES if small else STACK_VALUES
+    if item.param.dtype != torch.float32 or not native.ready(item.param.device):
+        return STACK_VALUES
+    small = not group["maximize"] if plan.error == "none" else plan.error == "codec" and isinstance(codecs.get(plan.error_codec), FourBit)
+    return 2 * STACK_VALUES if small and in_halves(matrix_shape(item.param.shape), item.param.device, group["matmul"]) else STACK_VALUES
 
 
 def as_matrices(tensor: Tensor) -> list[Tensor]:
