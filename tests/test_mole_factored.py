@@ -235,6 +235,20 @@ def test_every_scaling_descends(scaling: str) -> None:
     assert optimizer.nbytes() < (3 if scaling == "adam" else 2) * 16 * 96 * 4 + 64 * 16 * 4 + 16 * 16 * 4
 
 
+@pytest.mark.parametrize("scaling", mole_optimizer.SCALINGS)
+def test_a_step_within_autocast_is_the_step_without(scaling: str) -> None:
+    stepped = []
+    for enabled in (False, True):
+        param = nn.Parameter(torch.zeros(64, 96))
+        optimizer = MoleOptimizer([param], lr=0.1, scaling=scaling)
+        for step in range(3):
+            leave(param, Factors(orthonormalize(gaussian((64, 8), (step, 0))), gaussian((8, 96), (step, 1)), columns=False))
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        stepped.append(param.detach())
+    assert torch.equal(*stepped)
+
+
 def test_adam_on_a_basis_that_is_the_identity_is_adam() -> None:
     torch.manual_seed(0)
     one, two = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.empty(8, 12))

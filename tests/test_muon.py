@@ -36,6 +36,18 @@ def test_muon_equals_torch_up_to_bfloat16(options: dict[str, Any], units: bool, 
         assert (a - b).norm() < (0.04 if units else 0.02) * b.norm()
 
 
+def test_muon_within_autocast_multiplies_in_the_type_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "bfloat16_units", lambda device: False)
+    stepped = []
+    for enabled in (False, True):
+        param = torch.nn.Parameter(torch.zeros(24, 40))
+        param.grad = gaussian((24, 40), (0,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            Muon([param], lr=0.1).step()
+        stepped.append(param.detach())
+    assert torch.equal(*stepped)
+
+
 def test_polar_moves_singular_values_to_one() -> None:
     x = gaussian((2, 30, 20), (1,)).double()
     values = torch.linalg.svdvals(polar(x))

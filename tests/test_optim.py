@@ -122,6 +122,22 @@ def test_resume_is_bit_exact_from_plain_tensors(name: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_step_within_autocast_is_the_step_without(name: str) -> None:
+    """Autocast is for the model: torch's AdamW multiplies nothing that it would round, and low-rank methods do."""
+    runs = []
+    for enabled in (False, True):
+        named = parameters()
+        optimizer = make(name, named)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(named).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        runs.append([param.detach() for _, param in named])
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_parameters_without_gradient_stay_and_may_return(name: str) -> None:
     named = parameters()
     optimizer = make(name, named)

@@ -97,12 +97,17 @@ class MoleOptimizer(KeepsTypes):
             work.append((group, [param for param, _ in dense], grads, factored))
         for group, params, grads, factored in work:
             step_group(group, params, grads, self.state)
-            for param, factors, _ in factored:
-                self._track(group, self.state[param], factors)
-            roots = self._roots(group, [self.state[param] for param, _, _ in factored])
-            for (param, factors, _), root in zip(factored, roots, strict=True):
-                self._apply(group, param, factors, root)
+            if factored:
+                with torch.autocast(factored[0][0].device.type, enabled=False):  # which would round products in float32
+                    self._step_factored(group, [(param, factors) for param, factors, _ in factored])
         return loss
+
+    def _step_factored(self, group: dict[str, Any], factored: Sequence[tuple[Tensor, Factors]]) -> None:
+        for param, factors in factored:
+            self._track(group, self.state[param], factors)
+        roots = self._roots(group, [self.state[param] for param, _ in factored])
+        for (param, factors), root in zip(factored, roots, strict=True):
+            self._apply(group, param, factors, root)
 
     @staticmethod
     def _track(group: dict[str, Any], state: dict[str, Any], factors: Factors) -> None:

@@ -71,7 +71,8 @@ class Chain(torch.optim.Optimizer):
             for param, seen in folded:
                 seen.data = param.detach().flatten(1)  # again at each step: the parameter may have moved, or have strides of its own
                 seen.grad = None if param.grad is None else param.grad.flatten(1)
-            member.step()
+            with torch.autocast(pairs[0][0].device.type, enabled=False):  # which would round a member's products in float32
+                member.step()
             for param, seen in folded:
                 if seen.grad is not None and seen.data_ptr() != param.data_ptr():  # flatten had to copy
                     param.copy_(seen.view(param.shape))

@@ -63,7 +63,8 @@ class Muon(torch.optim.Muon):
             held.lerp_(grad, 1.0 - momentum)
             updates.append(grad.lerp(held, momentum) if group["nesterov"] else held)
         dtype = torch.bfloat16 if bfloat16_units(params[0].device) else torch.float32
-        orthogonal = polar(torch.stack(updates).to(dtype), group["ns_steps"], group["ns_coefficients"], group["eps"])
+        with torch.autocast(params[0].device.type, enabled=False):  # which would round float32
+            orthogonal = polar(torch.stack(updates).to(dtype), group["ns_steps"], group["ns_coefficients"], group["eps"])
         lr, adjust = float(group["lr"]), group["adjust_lr_fn"]
         ratio = 0.2 * sqrt(max(rows, cols)) if adjust == "match_rms_adamw" else sqrt(max(1.0, rows / cols))
         torch._foreach_mul_(params, 1.0 - lr * group["weight_decay"])
