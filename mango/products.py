@@ -106,7 +106,7 @@ class FourBits(NamedTuple):
     Attributes:
         codes: (layers, rows, cols / 2) uint8.
         scales: (layers, rows, cols / block) float32.
-        block: values that share a scale; it divides cols, and ``mango.native.optim.TILE``.
+        block: values that share a scale; it divides cols, and ``mango.native.jit.TILE``.
         thresholds: between levels, (15,).
         order: the codes of the levels, ascending, (16,).
     """

@@ -72,7 +72,7 @@ class ErrorBuffer:
         codec = self._compiled()
         if self.store is None or codec is None or codec.stochastic:
             return None
-        from mango.native.optim import TILE
+        from mango.native.jit import TILE
 
         if self.store.shape[-1] % codec.block or TILE % codec.block:
             return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mango.native.jit import compiled
+from mango.native.jit import PAIRS, TILE, compiled, scratch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ZERO, ONE, TINY = np.float32(0.0), np.float32(1.0), np.float32(1e-38)
@@ -43,14 +43,17 @@ def largest(bits: Array) -> Any:
 @compiled
 def encode_bytes(first: int, last: int, x: Array, scales: Array, block: int, table: Array, codes: Array) -> None:
     """Codes from a table over [-1, 1]. x: (n,) float32; scales: (blocks,) float32; table: (65536,) uint8; codes: (n,) uint8, written."""
-    entry = np.empty(block, np.int32)
+    entry = scratch(TILE, np.int32)
     for b in range(first, last):
-        look_up(x[b * block : (b + 1) * block], scales[b], table, entry, codes[b * block : (b + 1) * block])
+        for begin in range(b * block, (b + 1) * block, TILE):
+            end = min(begin + TILE, (b + 1) * block)
+            look_up(x[begin:end], scales[b], table, entry, codes[begin:end])
 
 
 @compiled
 def look_up(values: Array, scale: float, table: Array, entry: Array, found: Array) -> None:
-    """The codes of ``encode_bytes`` for one block. entry: int32, for scratch, apart from the look-up, which has no vector instruction."""
+    """The codes of ``encode_bytes`` for (part of) a block. entry: int32, for scratch, apart from the look-up, which has no vector
+    instruction."""
     inverse = ONE / scale
     for i in range(values.size):
         v = values[i] * inverse
@@ -65,14 +68,16 @@ def look_up(values: Array, scale: float, table: Array, entry: Array, found: Arra
 @compiled
 def decode_bytes(first: int, last: int, codes: Array, scales: Array, block: int, levels: Array, out: Array) -> None:
     """out (n,) = level * scale, 0 where the scale is not above 1e-38. levels: (256,) float32; out: see ``store``."""
-    bits = np.empty(block, np.int32)
+    bits = scratch(TILE, np.int32)
     values = bits.view(np.float32)
     for b in range(first, last):
-        found, into = codes[b * block : (b + 1) * block], out[b * block : (b + 1) * block]
         scale = scales[b] if scales[b] > TINY else ZERO
-        for i in range(found.size):
-            values[i] = levels[found[i]] * scale
-        store(bits, into)
+        for begin in range(b * block, (b + 1) * block, TILE):
+            end = min(begin + TILE, (b + 1) * block)
+            found = codes[begin:end]
+            for i in range(found.size):
+                values[i] = levels[found[i]] * scale
+            store(bits, out[begin:end])
 
 
 @compiled
@@ -93,19 +98,21 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
     x: (n,) float32; scales: (blocks,) float32, at least 1e-38 where the last block is short; thresholds: (15,) float32, sorted;
     order: (16,) uint8, the code of each interval between them; codes: (ceil(n / 2),) uint8, written.
     """
-    unit, found = np.empty(block, np.float32), np.empty(block, np.uint8)
+    unit, found = scratch(TILE, np.float32), scratch(TILE, np.uint8)
     for b in range(first, last):
-        values, pairs = x[b * block : (b + 1) * block], codes[b * block // 2 : ((b + 1) * block) // 2]
-        scale = max(scales[b], TINY)
-        if values.size == block:
-            inverse = ONE / scale
-            for i in range(values.size):
-                unit[i] = values[i] * inverse
-        else:
-            for i in range(values.size):
-                unit[i] = values[i] / scale
-            unit[values.size :] = ZERO  # the value that fills the last byte
-        nearest(unit, thresholds, order, found, pairs)
+        scale, whole = max(scales[b], TINY), (b + 1) * block <= x.size
+        inverse = ONE / scale
+        for begin in range(b * block, (b + 1) * block, TILE):
+            end = min(begin + TILE, (b + 1) * block)
+            values, size = x[begin:end], end - begin
+            if whole:
+                for i in range(values.size):
+                    unit[i] = values[i] * inverse
+            else:
+                for i in range(values.size):
+                    unit[i] = values[i] / scale
+                unit[values.size : size] = ZERO  # the value that fills the last byte
+            nearest(unit[:size], thresholds, order, found[:size], codes[begin // 2 : end // 2])
 
 
 @compiled
@@ -140,17 +147,18 @@ def decode_nibbles(first: int, last: int, codes: Array, scales: Array, block: in
 
     pairs: (256,) float64, whose 8 bytes are two levels; out: see ``store``.
     """
-    wide, bits = np.empty(block // 2, np.float64), np.empty(block, np.int32)  # apart, as a look-up has no vector instruction
+    wide, bits = scratch(PAIRS, np.float64), scratch(TILE, np.int32)  # apart, as a look-up has no vector instruction
     level, values = wide.view(np.float32), bits.view(np.float32)
     for b in range(first, last):
-        into = out[b * block : (b + 1) * block]
-        found = codes[b * block // 2 : (b * block + into.size + 1) // 2]
         scale = scales[b] if scales[b] > TINY else ZERO
-        for k in range(found.size):
-            wide[k] = pairs[found[k]]
-        for i in range(into.size):
-            values[i] = level[i] * scale
-        store(bits, into)
+        for begin in range(b * block, (b + 1) * block, TILE):
+            end = min(begin + TILE, (b + 1) * block)
+            found, into = codes[begin // 2 : end // 2], out[begin:end]
+            for k in range(found.size):
+                wide[k] = pairs[found[k]]
+            for i in range(into.size):
+                values[i] = level[i] * scale
+            store(bits, into)
 
 
 @compiled
@@ -177,33 +185,37 @@ def encode_affine(
 
     x: (n,) float32; zeros, steps: (blocks,) float32; draws: (n,) int16; codes: (ceil(n bits / 8),) uint8, written.
     """
-    found = np.empty(block, np.int32)
+    found = scratch(TILE, np.int32)
     for b in range(first, last):
-        values, words = x[b * block : (b + 1) * block], draws[b * block : (b + 1) * block]
         zero, step = zeros[b], steps[b]
-        for i in range(values.size):
-            v = (values[i] - zero) / step + np.float32(words[i]) * DRAW + MIDDLE
-            found[i] = np.int32(min(max(v, ZERO), top))
-        found[values.size :] = NONE
-        _pack(found, bits, codes[b * block * bits // 8 : (b * block * bits + values.size * bits + 7) // 8])
+        for begin in range(b * block, (b + 1) * block, TILE):
+            end = min(begin + TILE, (b + 1) * block)
+            values, words = x[begin:end], draws[begin:end]
+            for i in range(values.size):
+                v = (values[i] - zero) / step + np.float32(words[i]) * DRAW + MIDDLE
+                found[i] = np.int32(min(max(v, ZERO), top))
+            found[values.size : end - begin] = NONE
+            _pack(found, bits, codes[begin * bits // 8 : end * bits // 8])
 
 
 @compiled
 def encode_pair(first: int, last: int, r: Array, steps: Array, block: int, top: float, draws: Array, codes: Array) -> None:
     """Sums of two roundings of r / step (see mango.mole.pair), within 0 and ``top``, two to a byte; arrays as of ``encode_affine``."""
-    found = np.empty(block, np.int32)
+    found = scratch(TILE, np.int32)
     for b in range(first, last):
-        values, words = r[b * block : (b + 1) * block], draws[b * block : (b + 1) * block]
         step = steps[b]
-        for i in range(values.size):
-            v = values[i] / step
-            lower = np.floor(v)
-            f = v - lower
-            u = np.float32(words[i]) * DRAW + MIDDLE
-            s = lower * PAIR + (ONE if u < f * f else ZERO) + (ONE if u < f * (PAIR - f) else ZERO)
-            found[i] = np.int32(min(max(s, ZERO), top))
-        found[values.size :] = NONE
-        _pack(found, 4, codes[b * block // 2 : (b * block + values.size + 1) // 2])
+        for begin in range(b * block, (b + 1) * block, TILE):
+            end = min(begin + TILE, (b + 1) * block)
+            values, words = r[begin:end], draws[begin:end]
+            for i in range(values.size):
+                v = values[i] / step
+                lower = np.floor(v)
+                f = v - lower
+                u = np.float32(words[i]) * DRAW + MIDDLE
+                s = lower * PAIR + (ONE if u < f * f else ZERO) + (ONE if u < f * (PAIR - f) else ZERO)
+                found[i] = np.int32(min(max(s, ZERO), top))
+            found[values.size : end - begin] = NONE
+            _pack(found, 4, codes[begin // 2 : end // 2])
 
 
 @compiled
@@ -225,18 +237,19 @@ def decode_affine(
 
     zeros, scales: (blocks,) float32; pairs: float64 whose 8 bytes are two levels, (256,) for four bits and (16,) for two.
     """
-    wide = np.empty(block // 2, np.float64)  # apart from the product, as a look-up has no vector instruction
+    wide = scratch(PAIRS, np.float64)  # apart from the product, as a look-up has no vector instruction
     level = wide.view(np.float32)
     for b in range(first, last):
-        values = out[b * block : (b + 1) * block]
-        found = codes[b * block * bits // 8 : (b * block * bits + values.size * bits + 7) // 8]
         scale, zero = scales[b], zeros[b]
-        if bits == 4:
-            for k in range(found.size):
-                wide[k] = pairs[found[k]]
-        else:
-            for k in range(found.size):
-                wide[2 * k] = pairs[found[k] >> 4]
-                wide[2 * k + 1] = pairs[found[k] & 15]
-        for i in range(values.size):
-            values[i] = level[i] * scale + zero
+        for begin in range(b * block, (b + 1) * block, TILE):
+            end = min(begin + TILE, (b + 1) * block)
+            found, values = codes[begin * bits // 8 : end * bits // 8], out[begin:end]
+            if bits == 4:
+                for k in range(found.size):
+                    wide[k] = pairs[found[k]]
+            else:
+                for k in range(found.size):
+                    wide[2 * k] = pairs[found[k] >> 4]
+                    wide[2 * k + 1] = pairs[found[k] & 15]
+            for i in range(values.size):
+                values[i] = level[i] * scale + zero

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, largest, look_up, nearest, store
-from mango.native.jit import compiled, summing
+from mango.native.jit import PAIRS, TILE, compiled, scratch, summing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BAND = 64  # rows whose columns are summed together
 BYTE, PER_BYTE, SMALLEST = np.float32(127.0), np.float32(1.0 / 127.0), np.float32(1e-36)  # of mango.products.to_bytes
-TILE = 512  # columns of a row that are worked on together: a few of them fit the fastest cache
 
 
 @compiled
@@ -26,17 +25,18 @@ def compensate(
 
     g: (n,) float32, whole blocks; out: (n,), float32 as int32, or int16 for the upper halves, rounded to bfloat16.
     """
-    wide, bits = np.empty(block // 2, np.float64), np.empty(block, np.int32)
+    wide, bits = scratch(PAIRS, np.float64), scratch(TILE, np.int32)
     level, sums = wide.view(np.float32), bits.view(np.float32)
     for b in range(first, last):
-        begin, end = b * block, (b + 1) * block
-        found, grads = codes[begin // 2 : end // 2], g[begin:end]
         scale = scales[b] if scales[b] > TINY else ZERO
-        for k in range(found.size):
-            wide[k] = pairs[found[k]]
-        for i in range(sums.size):
-            sums[i] = level[i] * scale * decay + sign * grads[i]
-        store(bits, out[begin:end])
+        for begin in range(b * block, (b + 1) * block, TILE):
+            end = min(begin + TILE, (b + 1) * block)
+            found, grads = codes[begin // 2 : end // 2], g[begin:end]
+            for k in range(found.size):
+                wide[k] = pairs[found[k]]
+            for i in range(grads.size):
+                sums[i] = level[i] * scale * decay + sign * grads[i]
+            store(bits, out[begin:end])
 
 
 @compiled
@@ -64,12 +64,12 @@ def missed(
     rows: (rows,) float32, along each row, written; columns: (bands, cols) float32, down each column of a band, written. Whoever adds the
     bands gets one result for any number of threads; torch's reduction over columns is ten times slower.
     left: h - product is written there as bits like h's, perhaps into h or the product, unless it has no rows.
-    codes, scales: (rows, cols / 2) uint8 and (rows, cols / block) float32: h - product in four bits, unless they have no rows; thresholds
-    and order are those of ``encode_nibbles``.
+    codes, scales: (rows, cols / 2) uint8 and (rows, cols / block) float32: h - product in four bits, unless they have no rows or h is
+    float32 and the product has none; thresholds and order are those of ``encode_nibbles``.
     """
-    wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
-    minus = other.view(np.float32)
-    unit, inverse, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint8)
+    wide, other = scratch(TILE, np.int32), scratch(TILE, np.int32)
+    floats, minus = wide.view(np.float32), other.view(np.float32)
+    unit, inverse, found = scratch(TILE, np.float32), scratch(TILE, np.float32), scratch(TILE, np.uint8)
     for band in range(first, last):
         columns[band] = ZERO
         for i in range(band * BAND, min((band + 1) * BAND, h.shape[0])):
@@ -77,16 +77,17 @@ def missed(
             for begin in range(0, h.shape[1], TILE):
                 end = min(begin + TILE, h.shape[1])
                 sums = columns[band, begin:end]
+                if h.itemsize == 4 and not product.shape[0]:  # as it lies: a copy of what lies in memory takes longer than all the rest
+                    total += _add_squares(h[i, begin:end].view(np.float32), sums)
+                    if left.shape[0]:
+                        store(h[i, begin:end], left[i, begin:end])
+                    continue
+                bits, values = wide[: end - begin], floats[: end - begin]
+                _widen(h[i, begin:end], bits)
                 if product.shape[0]:
-                    _widen(h[i, begin:end], wide)
                     _floats(product[i, begin:end], along, i, down[begin:end], other, minus)
-                    bits = wide[: end - begin]
-                    values = bits.view(np.float32)
                     for j in range(values.size):
                         values[j] -= minus[j]
-                else:
-                    bits = _as_floats(h[i, begin:end], wide)
-                    values = bits.view(np.float32)
                 total += _add_squares(values, sums)
                 if left.shape[0]:
                     store(bits, left[i, begin:end])
@@ -121,17 +122,9 @@ def _widen(bits: Array, wide: Array) -> None:
         for j in range(bits.size):
             wide[j] = np.int32(bits[j]) << HALF
     else:
+        nothing = np.int32(bits.size >> 62)  # zero, which the compiler cannot know: it would call memcpy, which fetches nothing ahead
         for j in range(bits.size):
-            wide[j] = bits[j]
-
-
-@compiled
-def _as_floats(bits: Array, wide: Array) -> Array:
-    """The bits of float32, where they are or in wide."""
-    if bits.itemsize == 2:
-        _widen(bits, wide)
-        return wide[: bits.size]
-    return bits.view(np.int32)
+            wide[j] = bits[j] | nothing
 
 
 @compiled
@@ -170,29 +163,37 @@ def to_bytes(first: int, last: int, x: Array, codes: Array, scales: Array, rows:
     x: (rows, cols), finite, float32 as int32, or the bits of bfloat16 as int16; codes: int8, written; scales: (rows,) float32, written.
     rows, columns: sums of the squares of x as of ``missed``, unless there are no columns.
     """
-    bits = np.empty(x.shape[1], np.int32)
-    values = bits.view(np.float32)
+    bits = scratch(TILE, np.int32)
+    floats = bits.view(np.float32)
     for band in range(first, last):
         if columns.shape[0]:
             columns[band] = ZERO
         for i in range(band * BAND, min((band + 1) * BAND, x.shape[0])):
-            found = codes[i]
-            _widen(x[i], bits)
-            scales[i : i + 1].view(np.int32)[0] = largest(bits)
+            most, total = NONE, ZERO
+            for begin in range(0, x.shape[1], TILE):
+                size = min(TILE, x.shape[1] - begin)
+                _widen(x[i, begin : begin + size], bits)
+                most = max(most, largest(bits[:size]))
+                if columns.shape[0]:
+                    total += _add_squares(floats[:size], columns[band, begin : begin + size])
+            scales[i : i + 1].view(np.int32)[0] = most
             peak = scales[i]
             inverse = BYTE / peak if peak > SMALLEST else ZERO
-            for j in range(values.size):
-                found[j] = np.int8(np.int32(np.rint(values[j] * inverse)))
+            for begin in range(0, x.shape[1], TILE):
+                found = codes[i, begin : begin + TILE]
+                _widen(x[i, begin : begin + TILE], bits)
+                for j in range(found.size):
+                    found[j] = np.int8(np.int32(np.rint(floats[j] * inverse)))
             scales[i] = peak * PER_BYTE
             if columns.shape[0]:
-                rows[i] = _add_squares(values, columns[band])
+                rows[i] = total
 
 
 @compiled
 def to_bytes_down(first: int, last: int, x: Array, bits: Array, codes: Array, scales: Array) -> None:
     """``to_bytes`` with a scale for each column, tiles ``first`` to ``last`` of TILE columns. scales: (cols,) float32, written."""
-    most = np.empty(TILE, np.int32)
-    inverse = np.empty(TILE, np.float32)
+    most = scratch(TILE, np.int32)
+    inverse = scratch(TILE, np.float32)
     for tile in range(first, last):
         begin, end = tile * TILE, min((tile + 1) * TILE, x.shape[1])
         peaks, factors, written = most[: end - begin], inverse[: end - begin], scales[begin:end]
@@ -234,23 +235,30 @@ def apply(
     w, g: (rows, cols) float32; plus, along, down: as the product of ``missed``; left: likewise, of floats; by_row: (rows,), by_column:
     (cols,), float32; sign: 1, or -1 where g is ascended.
     """
-    wide, other = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
-    added = other.view(np.float32)
+    wide, other = scratch(TILE, np.int32), scratch(TILE, np.int32)
+    values, added = wide.view(np.float32), other.view(np.float32)
     for i in range(first, last):
         scale = by_row[i]
         for begin in range(0, w.shape[1], TILE):
             end = min(begin + TILE, w.shape[1])
             weights, scales, slope = w[i, begin:end], by_column[begin:end], g[i, begin:end]
-            values = _as_floats(left[i, begin:end], wide).view(np.float32)
+            if left.itemsize == 2:
+                _widen(left[i, begin:end], wide)
+                for j in range(weights.size):
+                    values[j] *= scale
+            else:
+                source = left[i, begin:end].view(np.float32)
+                for j in range(weights.size):
+                    values[j] = source[j] * scale
             if down.size:
                 sums, height, factors = plus[i, begin:end], along[i], down[begin:end]
                 for j in range(weights.size):
-                    x = values[j] * scale * scales[j] + np.float32(sums[j]) * height * factors[j]
+                    x = values[j] * scales[j] + np.float32(sums[j]) * height * factors[j]
                     weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
             else:
                 _widen(plus[i, begin:end], other)
                 for j in range(weights.size):
-                    x = values[j] * scale * scales[j] + added[j]
+                    x = values[j] * scales[j] + added[j]
                     weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
 
 
@@ -292,7 +300,7 @@ def moments(
     m, v: as the product of ``missed``; u: float32; new: (rows,) float32; adam: float32, written; mean, root: likewise, or without rows.
     Then they are written as codes (rows, n) uint8 and scales (rows, n / block) float32 of ``encode_bytes``, whose table is given.
     """
-    wide, other, entry = np.empty(TILE, np.int32), np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    wide, other, entry = scratch(TILE, np.int32), scratch(TILE, np.int32), scratch(TILE, np.int32)
     one, two = wide.view(np.float32), other.view(np.float32)
     for i in range(first, last):
         c1, c2 = (ONE - beta1) + new[i] * old1, (ONE - beta2) + new[i] * old2
@@ -306,8 +314,10 @@ def moments(
                 two[j] = np.sqrt(beta2 * two[j] + c2 * (values[j] * values[j]))
                 found[j] = (one[j] / unbias1) / (two[j] / unbias2 + eps)
             if mean.shape[0]:
-                mean[i, begin:end] = one[: end - begin]
-                root[i, begin:end] = two[: end - begin]
+                means, roots = mean[i, begin:end], root[i, begin:end]
+                for j in range(values.size):
+                    means[j] = one[j]
+                    roots[j] = two[j]
             else:
                 for b in range(begin // block, end // block):
                     here, there = b * block - begin, (b + 1) * block - begin
