@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from itertools import pairwise
 from math import prod
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,16 @@ def in_bytes(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
         return False
     pays = prod(shape) >= HALVES_PAY and torch.cpu._is_vnni_supported() and native.ready(device)
     return matmul == "int8" or (matmul == "auto" and pays)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; the meta device, on which memory is planned, has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, products on the device of x are taken in the types of their operands, which autocast would round."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def large(a: Tensor, b: Tensor) -> bool:

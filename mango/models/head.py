@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from mango.products import autocasts
+
 CHUNK = 1024  # tokens whose logits exist at one time
 
 
@@ -34,9 +36,7 @@ def streamed_loss(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, ch
 class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: int) -> Tensor:
-        kind = x.device.type
-        autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        ctx.dtype = torch.get_autocast_dtype(kind) if autocasts else x.dtype
+        ctx.dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
         ctx.softcap, ctx.chunk = softcap, chunk
         ctx.save_for_backward(x, weight, targets)
         used = weight.to(ctx.dtype)

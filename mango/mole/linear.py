@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional
 from mango.mole import products
 from mango.mole.layer import Layer, chunks, unflatten
 from mango.mole.stores import Saved, load
+from mango.products import autocasts, without_autocast
 
 
 class MoleLinear(nn.Linear):
@@ -82,13 +82,3 @@ def adopt(module: nn.Module, original: nn.Module) -> None:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product with x is taken: autocast's where it is on."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) and x.dtype != torch.float64 else x.dtype
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the device of x; the meta device, on which memory is planned, has none."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Inside, operations on the device of x are taken in their own dtype."""
-    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()

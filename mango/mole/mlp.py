@@ -13,9 +13,10 @@ from mango.mole import pair, products
 from mango.mole.activations import hidden
 from mango.mole.deferred import Deferred, Pending, Read, places
 from mango.mole.layer import Layer, chunks, unflatten
-from mango.mole.linear import adopt, compute_dtype, without_autocast
+from mango.mole.linear import adopt, compute_dtype
 from mango.mole.recognise import Pattern
 from mango.mole.stores import Saved, load, save
+from mango.products import without_autocast
 
 
 class MoleMLP(nn.Module):

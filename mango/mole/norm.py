@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mango.mole.linear import adopt, autocasts
+from mango.mole.linear import adopt
 from mango.mole.stores import Shared
+from mango.products import autocasts
 
 
 class MoleNorm(nn.RMSNorm):

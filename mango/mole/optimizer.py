@@ -14,6 +14,7 @@ from mango.mole.factors import Factors, take
 from mango.optim.adamw import step_group
 from mango.optim.base import KeepsTypes, loss_of
 from mango.optim.guard import Guard
+from mango.products import without_autocast
 from mango.subspace import rotation
 
 SCALINGS = ("adam", "eigen", "whiten", "muon")
@@ -98,7 +99,7 @@ class MoleOptimizer(KeepsTypes):
         for group, params, grads, factored in work:
             step_group(group, params, grads, self.state)
             if factored:
-                with torch.autocast(factored[0][0].device.type, enabled=False):  # which would round products in float32
+                with without_autocast(factored[0][0]):
                     self._step_factored(group, [(param, factors) for param, factors, _ in factored])
         return loss
 

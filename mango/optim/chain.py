@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mango.optim.base import loss_of
+from mango.products import without_autocast
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Chain(torch.optim.Optimizer):
             for param, seen in folded:
                 seen.data = param.detach().flatten(1)  # again at each step: the parameter may have moved, or have strides of its own
                 seen.grad = None if param.grad is None else param.grad.flatten(1)
-            with torch.autocast(pairs[0][0].device.type, enabled=False):  # which would round a member's products in float32
+            with without_autocast(pairs[0][0]):
                 member.step()
             for param, seen in folded:
                 if seen.grad is not None and seen.data_ptr() != param.data_ptr():  # flatten had to copy

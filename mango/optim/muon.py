@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mango.optim.base import loss_of
-from mango.products import bfloat16_units
+from mango.products import bfloat16_units, without_autocast
 
 
 def polar(x: Tensor, steps: int = 5, coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315), eps: float = 1e-7) -> Tensor:
@@ -63,7 +63,7 @@ class Muon(torch.optim.Muon):
             held.lerp_(grad, 1.0 - momentum)
             updates.append(grad.lerp(held, momentum) if group["nesterov"] else held)
         dtype = torch.bfloat16 if bfloat16_units(params[0].device) else torch.float32
-        with torch.autocast(params[0].device.type, enabled=False):  # which would round float32
+        with without_autocast(params[0]):
             orthogonal = polar(torch.stack(updates).to(dtype), group["ns_steps"], group["ns_coefficients"], group["eps"])
         lr, adjust = float(group["lr"]), group["adjust_lr_fn"]
         ratio = 0.2 * sqrt(max(rows, cols)) if adjust == "match_rms_adamw" else sqrt(max(1.0, rows / cols))

@@ -17,7 +17,7 @@ from mango.optim import lanes
 from mango.optim.adamw import step_group
 from mango.optim.layers import STACK_VALUES, Hyper, LayerStack
 from mango.optim.plan import LARGE, LayerPlan, matrix_count, matrix_shape
-from mango.products import in_halves
+from mango.products import in_halves, without_autocast
 from mango.workspace import Workspace
 
 State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter
@@ -112,7 +112,7 @@ class Stacks:
         gradients = [part for item in items for part in as_matrices(item.grad)]
         names = [name for item in items for name in item.names()] if watching else None
         workspace = self._workspaces.setdefault((stack.device, lane), Workspace(stack.device))
-        with torch.autocast(stack.device.type, enabled=False):  # which would round products in float32, outside of lanes alone
+        with without_autocast(params[0]):  # which reaches no lane but the caller's
             return stack.step(matrices, gradients, hyper, workspace, names)
 
     def _stack(self, items: list[Item], states: State) -> LayerStack:
