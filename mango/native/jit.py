@@ -22,8 +22,9 @@ SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).pa
 def compiled(loop: Callable[..., Any], fastmath: bool | set[str] = False) -> Any:
     """Machine code without Python's lock, with the division of IEEE 754, kept on disk where numba finds a folder that it may write.
 
-    And without numba's counts of references: with them every slice is an atomic addition and later a subtraction, which took as long as all
-    the arithmetic. So a loop allocates nothing but ``scratch``, and returns no array.
+    And without numba's counts of references: a slice is then an atomic addition and later a subtraction, unless the compiler finds them
+    needless, and in the pass that finds an error they took as long as all the arithmetic. So a loop allocates nothing but ``scratch``, and
+    returns no array.
     """
     options: Any = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, "_nrt": False}
     loop.__qualname__ = f"{loop.__qualname__}_{SOURCES}"
