@@ -233,6 +233,27 @@ def test_large_layers_are_not_stacked_beyond_the_workspace(monkeypatch: pytest.M
     assert sorted(stack.layers for stack in set(optimizer._stacks.of.values())) == [1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("plan", "matmul", "most"),
+    [
+        ({}, "bfloat16", 4),
+        ({"error": "none"}, "bfloat16", 4),
+        ({"error": "gradient"}, "bfloat16", 2),
+        ({"error_codec": "int8"}, "bfloat16", 2),
+        ({}, "int8", 2),
+        ({}, "float32", 2),
+    ],
+)
+def test_stacks_of_which_bfloat16_is_held_alone_are_twice_as_large(
+    plan: dict[str, str], matmul: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mango.optim.stacks.STACK_VALUES", 2 * 64 * 96)
+    params = [matrix(seed=seed) for seed in range(8)]
+    optimizer = Mango(params, plan=plan, matmul=matmul)
+    push(optimizer, [(param, torch.ones(64, 96)) for param in params])
+    assert {stack.layers for stack in optimizer._stacks.of.values()} == {most}
+
+
 def test_bf16_parameters_move_with_float32_state() -> None:
     param, exact = nn.Parameter(torch.zeros(64, 96, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(64, 96))
     one, two = Mango([param], lr=0.1), Mango([exact], lr=0.1)

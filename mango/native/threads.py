@@ -33,8 +33,8 @@ def run(loop: Callable[..., None], count: int, each: int, *arguments: Tensor | i
     Arguments: tensors on the CPU, which the loop sees as arrays; int; float, which it sees as float32.
     """
     parts = max(1, min(torch.get_num_threads(), count * each // GRAIN))
-    library = _openmp()
-    if library is not None and parts > 1 and not _forked:
+    library = None if parts == 1 or _forked else _openmp()
+    if library is not None:
         from mango.native import team
 
         team.run(library, loop, count, parts, arguments)

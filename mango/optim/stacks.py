@@ -140,12 +140,16 @@ def _most_values(item: Item) -> int:
 
     Gradients that are read as they lie are converted one at a time, and with an error in four bits H is formed in bfloat16.
     """
-    group, plan = item.place.group, item.place.plan
+    group, plan, device = item.place.group, item.place.plan, item.param.device
     assert plan is not None
-    if item.param.dtype != torch.float32 or not native.ready(item.param.device):
+    if (
+        item.param.dtype != torch.float32
+        or not native.ready(device)
+        or not in_halves(matrix_shape(item.param.shape), device, group["matmul"])
+    ):
         return STACK_VALUES
-    small = not group["maximize"] if plan.error == "none" else plan.error == "codec" and isinstance(codecs.get(plan.error_codec), FourBit)
-    return 2 * STACK_VALUES if small and in_halves(matrix_shape(item.param.shape), item.param.device, group["matmul"]) else STACK_VALUES
+    coded = plan.error == "codec" and group["matmul"] != "int8" and isinstance(codecs.get(plan.error_codec), FourBit)
+    return 2 * STACK_VALUES if coded or (plan.error == "none" and not group["maximize"]) else STACK_VALUES
 
 
 def as_matrices(tensor: Tensor) -> list[Tensor]:
