@@ -139,8 +139,9 @@ def square_sums(
 
     x: (layers, rows, cols) float32 or bfloat16, perhaps one by one; minus: the same, or None for zeros; left: where x - minus is written,
     if it is given, contiguous, in float32 or bfloat16, perhaps into x or the floats of minus; coded: where it is stored besides, by the
-    compiled loops alone.
+    compiled loops alone and where minus is given.
     """
+    assert coded is None or minus is not None
     if not native.ready(x[0].device):
         assert coded is None
         x = (x if isinstance(x, Tensor) else torch.stack(list(x))).float()
