@@ -268,6 +268,15 @@ def test_the_verdict_on_the_learned_policy_follows_the_interval(low: float | Non
     assert verdict in paper_policy.outcome(policy_numbers(difference_low=low, difference_high=high))
 
 
+def test_an_interval_of_one_seed_is_a_single_dash() -> None:
+    keys = ("volume", "regret", "behind", "loss", "memory", "seconds")
+    values: dict[str, object] = {f"{name}__{key}": 0.5 for name in ("tinyformer", "oracle") for key in keys}
+    ends = {"tinyformer__low": 0.25, "tinyformer__high": 0.75, "oracle__low": None, "oracle__high": None}
+    table = paper_policy.table(policy_numbers(variants=["tinyformer", "oracle"], **values, **ends))
+    assert table.count(" to ") == 2 and r"\num{0.250} to \num{0.750}" in table  # with "to oracle", a heading
+    assert table.count(r"\undefinedvalue{}") == 1
+
+
 def test_the_text_on_policies_says_what_the_numbers_say() -> None:
     assert "no bound" in paper_policy.oracle(policy_numbers())
     assert "no bound" not in paper_policy.oracle(policy_numbers(tinyformer__behind=0.2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paper_numbers import Numbers
+from paper_numbers import Numbers, printed
 
 LABELS = {
     "static": "Static",
@@ -167,9 +167,13 @@ def table(numbers: Numbers) -> str:
     for name in numbers.get("policy.variants", []):
         keys = ("volume", "low", "high", "regret", "behind", "loss", "memory", "seconds")
         latex = {key: numbers.latex(f"policy.{name}.{key}") for key in keys}
-        interval = f"{latex['low']} to {latex['high']}"
-        rows.append([label(name), latex["volume"], interval, *(latex[key] for key in keys[3:])])
+        rows.append([label(name), latex["volume"], interval(latex["low"], latex["high"]), *(latex[key] for key in keys[3:])])
     return tabular("l r r r r r r r", head, rows or [["not run in this tier", *[""] * 7]])
+
+
+def interval(low: str, high: str) -> str:
+    """As it is printed; of a single seed there is none, and both ends are the same dash."""
+    return low if low == high == printed(None, "") else f"{low} to {high}"
 
 
 CHANGES = {
@@ -191,7 +195,6 @@ def ablation_table(numbers: Numbers) -> str:
         change, _, name = ablation.partition(" ")
         keys = ("budgets", "reward", "reward_low", "reward_high", "loss", "memory", "seconds")
         latex = {key: numbers.latex(f"policy.ablation.{change}.{name}.{key}") for key in keys}
-        interval = f"{latex['reward_low']} to {latex['reward_high']}"
-        row = [CHANGES.get(change, change), label(name), latex["budgets"], latex["reward"], interval, *(latex[key] for key in keys[4:])]
-        rows.append(row)
+        first = [CHANGES.get(change, change), label(name), latex["budgets"], latex["reward"]]
+        rows.append([*first, interval(latex["reward_low"], latex["reward_high"]), *(latex[key] for key in keys[4:])])
     return tabular("l l r r r r r r", head, rows or [["not run in this tier", *[""] * 7]])
