@@ -1,7 +1,7 @@
 """Block-absmax quantisers as loops over the blocks from ``first`` to ``last``.
 
-Arithmetic is float32, operation by operation that of the torch twins. Each block is a slice, which spares the checks of every index and
-lets the compiler use vector instructions.
+Arithmetic is float32, operation by operation that of the torch twins. Each block, or piece of TILE values of a longer one (both are powers
+of two), is a slice, which spares the checks of every index and lets the compiler use vector instructions.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def largest(bits: Array) -> Any:
 def encode_bytes(first: int, last: int, x: Array, scales: Array, block: int, table: Array, codes: Array) -> None:
     """Codes from a table over [-1, 1]. x: (n,) float32; scales: (blocks,) float32; table: (65536,) uint8; codes: (n,) uint8, written."""
     entry = scratch(TILE, np.int32)
-    for b in range(first, last):
-        for begin in range(b * block, (b + 1) * block, TILE):
-            end = min(begin + TILE, (b + 1) * block)
-            look_up(x[begin:end], scales[b], table, entry, codes[begin:end])
+    piece = min(block, TILE)
+    for begin in range(first * block, last * block, piece):
+        end, b = begin + piece, begin // block
+        look_up(x[begin:end], scales[b], table, entry, codes[begin:end])
 
 
 @compiled
@@ -70,14 +70,14 @@ def decode_bytes(first: int, last: int, codes: Array, scales: Array, block: int,
     """out (n,) = level * scale, 0 where the scale is not above 1e-38. levels: (256,) float32; out: see ``store``."""
     bits = scratch(TILE, np.int32)
     values = bits.view(np.float32)
-    for b in range(first, last):
+    piece = min(block, TILE)
+    for begin in range(first * block, last * block, piece):
+        end, b = begin + piece, begin // block
         scale = scales[b] if scales[b] > TINY else ZERO
-        for begin in range(b * block, (b + 1) * block, TILE):
-            end = min(begin + TILE, (b + 1) * block)
-            found = codes[begin:end]
-            for i in range(found.size):
-                values[i] = levels[found[i]] * scale
-            store(bits, out[begin:end])
+        found = codes[begin:end]
+        for i in range(found.size):
+            values[i] = levels[found[i]] * scale
+        store(bits, out[begin:end])
 
 
 @compiled
@@ -99,20 +99,20 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
     order: (16,) uint8, the code of each interval between them; codes: (ceil(n / 2),) uint8, written.
     """
     unit, found = scratch(TILE, np.float32), scratch(TILE, np.uint8)
-    for b in range(first, last):
+    piece = min(block, TILE)
+    for begin in range(first * block, last * block, piece):
+        end, b = begin + piece, begin // block
         scale, whole = max(scales[b], TINY), (b + 1) * block <= x.size
         inverse = ONE / scale
-        for begin in range(b * block, (b + 1) * block, TILE):
-            end = min(begin + TILE, (b + 1) * block)
-            values, size = x[begin:end], end - begin
-            if whole:
-                for i in range(values.size):
-                    unit[i] = values[i] * inverse
-            else:
-                for i in range(values.size):
-                    unit[i] = values[i] / scale
-                unit[values.size : size] = ZERO  # the value that fills the last byte
-            nearest(unit[:size], thresholds, order, found[:size], codes[begin // 2 : end // 2])
+        values = x[begin:end]
+        if whole:
+            for i in range(values.size):
+                unit[i] = values[i] * inverse
+        else:
+            for i in range(values.size):
+                unit[i] = values[i] / scale
+            unit[values.size : piece] = ZERO  # the value that fills the last byte
+        nearest(unit[:piece], thresholds, order, found[:piece], codes[begin // 2 : end // 2])
 
 
 @compiled
@@ -149,16 +149,16 @@ def decode_nibbles(first: int, last: int, codes: Array, scales: Array, block: in
     """
     wide, bits = scratch(PAIRS, np.float64), scratch(TILE, np.int32)  # apart, as a look-up has no vector instruction
     level, values = wide.view(np.float32), bits.view(np.float32)
-    for b in range(first, last):
+    piece = min(block, TILE)
+    for begin in range(first * block, last * block, piece):
+        end, b = begin + piece, begin // block
         scale = scales[b] if scales[b] > TINY else ZERO
-        for begin in range(b * block, (b + 1) * block, TILE):
-            end = min(begin + TILE, (b + 1) * block)
-            found, into = codes[begin // 2 : end // 2], out[begin:end]
-            for k in range(found.size):
-                wide[k] = pairs[found[k]]
-            for i in range(into.size):
-                values[i] = level[i] * scale
-            store(bits, into)
+        found, into = codes[begin // 2 : end // 2], out[begin:end]
+        for k in range(found.size):
+            wide[k] = pairs[found[k]]
+        for i in range(into.size):
+            values[i] = level[i] * scale
+        store(bits, into)
 
 
 @compiled
@@ -186,36 +186,36 @@ def encode_affine(
     x: (n,) float32; zeros, steps: (blocks,) float32; draws: (n,) int16; codes: (ceil(n bits / 8),) uint8, written.
     """
     found = scratch(TILE, np.int32)
-    for b in range(first, last):
+    piece = min(block, TILE)
+    for begin in range(first * block, last * block, piece):
+        end, b = begin + piece, begin // block
         zero, step = zeros[b], steps[b]
-        for begin in range(b * block, (b + 1) * block, TILE):
-            end = min(begin + TILE, (b + 1) * block)
-            values, words = x[begin:end], draws[begin:end]
-            for i in range(values.size):
-                v = (values[i] - zero) / step + np.float32(words[i]) * DRAW + MIDDLE
-                found[i] = np.int32(min(max(v, ZERO), top))
-            found[values.size : end - begin] = NONE
-            _pack(found, bits, codes[begin * bits // 8 : end * bits // 8])
+        values, words = x[begin:end], draws[begin:end]
+        for i in range(values.size):
+            v = (values[i] - zero) / step + np.float32(words[i]) * DRAW + MIDDLE
+            found[i] = np.int32(min(max(v, ZERO), top))
+        found[values.size : piece] = NONE
+        _pack(found, bits, codes[begin * bits // 8 : end * bits // 8])
 
 
 @compiled
 def encode_pair(first: int, last: int, r: Array, steps: Array, block: int, top: float, draws: Array, codes: Array) -> None:
     """Sums of two roundings of r / step (see mango.mole.pair), within 0 and ``top``, two to a byte; arrays as of ``encode_affine``."""
     found = scratch(TILE, np.int32)
-    for b in range(first, last):
+    piece = min(block, TILE)
+    for begin in range(first * block, last * block, piece):
+        end, b = begin + piece, begin // block
         step = steps[b]
-        for begin in range(b * block, (b + 1) * block, TILE):
-            end = min(begin + TILE, (b + 1) * block)
-            values, words = r[begin:end], draws[begin:end]
-            for i in range(values.size):
-                v = values[i] / step
-                lower = np.floor(v)
-                f = v - lower
-                u = np.float32(words[i]) * DRAW + MIDDLE
-                s = lower * PAIR + (ONE if u < f * f else ZERO) + (ONE if u < f * (PAIR - f) else ZERO)
-                found[i] = np.int32(min(max(s, ZERO), top))
-            found[values.size : end - begin] = NONE
-            _pack(found, 4, codes[begin // 2 : end // 2])
+        values, words = r[begin:end], draws[begin:end]
+        for i in range(values.size):
+            v = values[i] / step
+            lower = np.floor(v)
+            f = v - lower
+            u = np.float32(words[i]) * DRAW + MIDDLE
+            s = lower * PAIR + (ONE if u < f * f else ZERO) + (ONE if u < f * (PAIR - f) else ZERO)
+            found[i] = np.int32(min(max(s, ZERO), top))
+        found[values.size : piece] = NONE
+        _pack(found, 4, codes[begin // 2 : end // 2])
 
 
 @compiled
@@ -239,17 +239,17 @@ def decode_affine(
     """
     wide = scratch(PAIRS, np.float64)  # apart from the product, as a look-up has no vector instruction
     level = wide.view(np.float32)
-    for b in range(first, last):
+    piece = min(block, TILE)
+    for begin in range(first * block, last * block, piece):
+        end, b = begin + piece, begin // block
         scale, zero = scales[b], zeros[b]
-        for begin in range(b * block, (b + 1) * block, TILE):
-            end = min(begin + TILE, (b + 1) * block)
-            found, values = codes[begin * bits // 8 : end * bits // 8], out[begin:end]
-            if bits == 4:
-                for k in range(found.size):
-                    wide[k] = pairs[found[k]]
-            else:
-                for k in range(found.size):
-                    wide[2 * k] = pairs[found[k] >> 4]
-                    wide[2 * k + 1] = pairs[found[k] & 15]
-            for i in range(values.size):
-                values[i] = level[i] * scale + zero
+        found, values = codes[begin * bits // 8 : end * bits // 8], out[begin:end]
+        if bits == 4:
+            for k in range(found.size):
+                wide[k] = pairs[found[k]]
+        else:
+            for k in range(found.size):
+                wide[2 * k] = pairs[found[k] >> 4]
+                wide[2 * k + 1] = pairs[found[k] & 15]
+        for i in range(values.size):
+            values[i] = level[i] * scale + zero

@@ -48,8 +48,14 @@ def _on_stack(typing_context: Any, count: Any, dtype: Any) -> Any:
         values.align = 64
         shape, stride = (context.get_constant(types.intp, number) for number in (count.literal_value, context.get_abi_sizeof(item)))
         header = make_array(array)(context, builder)
-        where = {"data": builder.bitcast(values, item.as_pointer()), "itemsize": stride, "meminfo": None}
-        populate_array(header, shape=cgutils.pack_array(builder, [shape]), strides=cgutils.pack_array(builder, [stride]), **where)
+        populate_array(
+            header,
+            data=builder.bitcast(values, item.as_pointer()),
+            shape=cgutils.pack_array(builder, [shape]),
+            strides=cgutils.pack_array(builder, [stride]),
+            itemsize=stride,
+            meminfo=None,  # nothing to count
+        )
         return header._getvalue()
 
     return array(count, dtype), generate

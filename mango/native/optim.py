@@ -27,16 +27,16 @@ def compensate(
     """
     wide, bits = scratch(PAIRS, np.float64), scratch(TILE, np.int32)
     level, sums = wide.view(np.float32), bits.view(np.float32)
-    for b in range(first, last):
+    piece = min(block, TILE)
+    for begin in range(first * block, last * block, piece):
+        end, b = begin + piece, begin // block
         scale = scales[b] if scales[b] > TINY else ZERO
-        for begin in range(b * block, (b + 1) * block, TILE):
-            end = min(begin + TILE, (b + 1) * block)
-            found, grads = codes[begin // 2 : end // 2], g[begin:end]
-            for k in range(found.size):
-                wide[k] = pairs[found[k]]
-            for i in range(grads.size):
-                sums[i] = level[i] * scale * decay + sign * grads[i]
-            store(bits, out[begin:end])
+        found, grads = codes[begin // 2 : end // 2], g[begin:end]
+        for k in range(found.size):
+            wide[k] = pairs[found[k]]
+        for i in range(grads.size):
+            sums[i] = level[i] * scale * decay + sign * grads[i]
+        store(bits, out[begin:end])
 
 
 @compiled
@@ -122,7 +122,7 @@ def _widen(bits: Array, wide: Array) -> None:
         for j in range(bits.size):
             wide[j] = np.int32(bits[j]) << HALF
     else:
-        nothing = np.int32(bits.size >> 62)  # zero, which the compiler cannot know: it would call memcpy, which fetches nothing ahead
+        nothing = np.int32(bits.size >> 62)  # zero, but the compiler cannot know: it would call memcpy, which takes longer than a pass
         for j in range(bits.size):
             wide[j] = bits[j] | nothing
 

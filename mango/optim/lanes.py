@@ -35,7 +35,8 @@ def run(jobs: Sequence[Callable[[int], T]], sizes: Sequence[int], lanes: int) ->
     """The results of ``job(lane)``, lane < lanes, in the order of the jobs; begun from the largest on.
 
     Jobs so large that a lane would be left without work are run before, on all threads. Modes of torch that belong to a thread, such as
-    ``no_grad``, do not reach a lane. A failure is raised once all lanes have ended: the lane that failed begins no other job.
+    ``no_grad``, do not reach a lane. A failure is raised once all lanes have ended: the lane that failed begins no other job, and after an
+    interrupt, which stops the caller's own job where it is, none does.
     """
     order = sorted(range(len(jobs)), key=lambda place: -sizes[place])
     alone = _alone(tuple(sizes[place] for place in order), lanes) if lanes > 1 else len(jobs)
