@@ -64,3 +64,14 @@ def _on_stack(typing_context: Any, count: Any, dtype: Any) -> Any:
 scratch: Any = intrinsic(prefer_literal=True)(_on_stack)
 """scratch(count, dtype) in a loop: an array (count,) on the stack, whose content is left over. The count is a constant, of which a loop's
 name is one and an expression is not."""
+
+
+def _of_bits(typing_context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
+as_float: Any = intrinsic(_of_bits)
+"""as_float(bits) in a loop: the float32 of these bits, int32."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, largest, look_up, nearest, store
-from mango.native.jit import PAIRS, TILE, compiled, scratch, summing
+from mango.native.jit import PAIRS, TILE, as_float, compiled, scratch, summing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BAND = 64  # rows whose columns are summed together
@@ -67,8 +67,8 @@ def missed(
     codes, scales: (rows, cols / 2) uint8 and (rows, cols / block) float32: h - product in four bits, unless they have no rows or h is
     float32 and the product has none; thresholds and order are those of ``encode_nibbles``.
     """
-    wide, other = scratch(TILE, np.int32), scratch(TILE, np.int32)
-    floats, minus = wide.view(np.float32), other.view(np.float32)
+    bits = scratch(TILE, np.int32)
+    floats = bits.view(np.float32)
     unit, inverse, found = scratch(TILE, np.float32), scratch(TILE, np.float32), scratch(TILE, np.uint8)
     for band in range(first, last):
         columns[band] = ZERO
@@ -82,20 +82,32 @@ def missed(
                     if left.shape[0]:
                         store(h[i, begin:end], left[i, begin:end])
                     continue
-                bits, values = wide[: end - begin], floats[: end - begin]
-                _widen(h[i, begin:end], bits)
+                values = floats[: end - begin]
                 if product.shape[0]:
-                    _floats(product[i, begin:end], along, i, down[begin:end], other, minus)
-                    for j in range(values.size):
-                        values[j] -= minus[j]
+                    _subtract(h[i, begin:end], product[i, begin:end], along, i, down[begin:end], values)
+                else:
+                    _floats(h[i, begin:end], values)
                 total += _add_squares(values, sums)
                 if left.shape[0]:
-                    store(bits, left[i, begin:end])
+                    store(bits[: end - begin], left[i, begin:end])
                 if codes.shape[0]:
                     peaks = scales[i, begin // block : end // block]
-                    _units(bits, values, peaks, block, inverse[: peaks.size], unit[: end - begin])
+                    _units(bits[: end - begin], values, peaks, block, inverse[: peaks.size], unit[: end - begin])
                     nearest(unit[: end - begin], thresholds, order, found, codes[i, begin // 2 : end // 2])
             rows[i] = total
+
+
+@compiled
+def _subtract(bits: Array, product: Array, along: Array, row: int, down: Array, values: Array) -> None:
+    """values = h - product for a part of a row: in one loop, since memory is the faster the more arrays are read side by side."""
+    high, low = _shift(bits), _shift(product)
+    if down.size:
+        scale = along[row]
+        for j in range(values.size):
+            values[j] = _float(bits[j], high) - np.float32(product[j]) * scale * down[j]
+    else:
+        for j in range(values.size):
+            values[j] = _float(bits[j], high) - _float(product[j], low)
 
 
 @compiled
@@ -116,33 +128,36 @@ def _units(bits: Array, values: Array, scales: Array, block: int, inverse: Array
 
 
 @compiled
-def _widen(bits: Array, wide: Array) -> None:
-    """The bits of float32, as int32: of bfloat16, int16, they are the upper half."""
-    if bits.itemsize == 2:
-        for j in range(bits.size):
-            wide[j] = np.int32(bits[j]) << HALF
-    else:
-        nothing = np.int32(bits.size >> 62)  # zero, but the compiler cannot know: it would call memcpy, which takes longer than a pass
-        for j in range(bits.size):
-            wide[j] = bits[j] | nothing
+def _shift(bits: Array) -> Any:
+    """How far the bits of an array are shifted to be those of float32: of bfloat16, int16, they are the upper half."""
+    return HALF if bits.itemsize == 2 else NONE
+
+
+@compiled
+def _wide(bits: int, shift: int) -> Any:
+    return np.int32(np.int32(bits) << shift)
+
+
+@compiled
+def _float(bits: int, shift: int) -> Any:
+    return as_float(_wide(bits, shift))
+
+
+@compiled
+def _floats(bits: Array, values: Array) -> None:
+    """values (n,) float32 of these bits."""
+    shift = _shift(bits)
+    for j in range(values.size):
+        values[j] = _float(bits[j], shift)
 
 
 @compiled
 def scaled(first: int, last: int, sums: Array, along: Array, down: Array, out: Array) -> None:
     """out (rows, cols) float32 = sums along down, int32, (rows,) and (cols,) float32, rows ``first`` to ``last``."""
     for i in range(first, last):
-        _floats(sums[i], along, i, down, sums[i], out[i])
-
-
-@compiled
-def _floats(bits: Array, along: Array, row: int, down: Array, wide: Array, values: Array) -> None:
-    """Part of a row of the product of ``missed`` as float32: wide, int32, and values are one memory."""
-    if down.size:
-        scale = along[row]
-        for j in range(bits.size):
-            values[j] = np.float32(bits[j]) * scale * down[j]
-    else:
-        _widen(bits, wide)
+        row, values, scale = sums[i], out[i], along[i]
+        for j in range(values.size):
+            values[j] = np.float32(row[j]) * scale * down[j]
 
 
 @summing
@@ -163,27 +178,26 @@ def to_bytes(first: int, last: int, x: Array, codes: Array, scales: Array, rows:
     x: (rows, cols), finite, float32 as int32, or the bits of bfloat16 as int16; codes: int8, written; scales: (rows,) float32, written.
     rows, columns: sums of the squares of x as of ``missed``, unless there are no columns.
     """
-    bits = scratch(TILE, np.int32)
-    floats = bits.view(np.float32)
+    floats = scratch(TILE, np.float32)
+    shift = _shift(x)
     for band in range(first, last):
         if columns.shape[0]:
             columns[band] = ZERO
         for i in range(band * BAND, min((band + 1) * BAND, x.shape[0])):
             most, total = NONE, ZERO
             for begin in range(0, x.shape[1], TILE):
-                size = min(TILE, x.shape[1] - begin)
-                _widen(x[i, begin : begin + size], bits)
-                most = max(most, largest(bits[:size]))
+                bits = x[i, begin : begin + TILE]
+                for j in range(bits.size):
+                    most = max(most, np.int32(_wide(bits[j], shift) & MAGNITUDE))
                 if columns.shape[0]:
-                    total += _add_squares(floats[:size], columns[band, begin : begin + size])
-            scales[i : i + 1].view(np.int32)[0] = most
-            peak = scales[i]
+                    _floats(bits, floats[: bits.size])
+                    total += _add_squares(floats[: bits.size], columns[band, begin : begin + TILE])
+            peak = as_float(most)
             inverse = BYTE / peak if peak > SMALLEST else ZERO
             for begin in range(0, x.shape[1], TILE):
-                found = codes[i, begin : begin + TILE]
-                _widen(x[i, begin : begin + TILE], bits)
+                bits, found = x[i, begin : begin + TILE], codes[i, begin : begin + TILE]
                 for j in range(found.size):
-                    found[j] = np.int8(np.int32(np.rint(floats[j] * inverse)))
+                    found[j] = np.int8(np.int32(np.rint(_float(bits[j], shift) * inverse)))
             scales[i] = peak * PER_BYTE
             if columns.shape[0]:
                 rows[i] = total
@@ -235,31 +249,18 @@ def apply(
     w, g: (rows, cols) float32; plus, along, down: as the product of ``missed``; left: likewise, of floats; by_row: (rows,), by_column:
     (cols,), float32; sign: 1, or -1 where g is ascended.
     """
-    wide, other = scratch(TILE, np.int32), scratch(TILE, np.int32)
-    values, added = wide.view(np.float32), other.view(np.float32)
+    high, low = _shift(left), _shift(plus)
     for i in range(first, last):
-        scale = by_row[i]
-        for begin in range(0, w.shape[1], TILE):
-            end = min(begin + TILE, w.shape[1])
-            weights, scales, slope = w[i, begin:end], by_column[begin:end], g[i, begin:end]
-            if left.itemsize == 2:
-                _widen(left[i, begin:end], wide)
-                for j in range(weights.size):
-                    values[j] *= scale
-            else:
-                source = left[i, begin:end].view(np.float32)
-                for j in range(weights.size):
-                    values[j] = source[j] * scale
-            if down.size:
-                sums, height, factors = plus[i, begin:end], along[i], down[begin:end]
-                for j in range(weights.size):
-                    x = values[j] * scales[j] + np.float32(sums[j]) * height * factors[j]
-                    weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
-            else:
-                _widen(plus[i, begin:end], other)
-                for j in range(weights.size):
-                    x = values[j] * scales[j] + added[j]
-                    weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
+        weights, slope, bits, added, scale = w[i], g[i], left[i], plus[i], by_row[i]
+        if down.size:
+            height = along[i]
+            for j in range(weights.size):
+                x = _float(bits[j], high) * scale * by_column[j] + np.float32(added[j]) * height * down[j]
+                weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
+        else:
+            for j in range(weights.size):
+                x = _float(bits[j], high) * scale * by_column[j] + _float(added[j], low)
+                weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
 
 
 @compiled
@@ -302,16 +303,16 @@ def moments(
     """
     wide, other, entry = scratch(TILE, np.int32), scratch(TILE, np.int32), scratch(TILE, np.int32)
     one, two = wide.view(np.float32), other.view(np.float32)
+    high, low = _shift(m), _shift(v)
     for i in range(first, last):
         c1, c2 = (ONE - beta1) + new[i] * old1, (ONE - beta2) + new[i] * old2
         for begin in range(0, u.shape[1], TILE):
             end = min(begin + TILE, u.shape[1])
-            _widen(m[i, begin:end], wide)
-            _widen(v[i, begin:end], other)
-            values, found = u[i, begin:end], adam[i, begin:end]
+            firsts, seconds, values, found = m[i, begin:end], v[i, begin:end], u[i, begin:end], adam[i, begin:end]
             for j in range(values.size):
-                one[j] = beta1 * one[j] + c1 * values[j]
-                two[j] = np.sqrt(beta2 * two[j] + c2 * (values[j] * values[j]))
+                x = values[j]
+                one[j] = beta1 * _float(firsts[j], high) + c1 * x
+                two[j] = np.sqrt(beta2 * _float(seconds[j], low) + c2 * (x * x))
                 found[j] = (one[j] / unbias1) / (two[j] / unbias2 + eps)
             if mean.shape[0]:
                 means, roots = mean[i, begin:end], root[i, begin:end]
