@@ -20,6 +20,7 @@ from mango.workspace import Workspace
 MOST = 1 << 17  # terms of which an int32 holds the sum, each at most 127²
 HALVES_PAY = 1 << 18  # values of a matrix from which products in bfloat16 or int8 are faster than the conversion costs
 CACHED = 1 << 21  # sums that are taken at once before they are read: 8 MiB
+FEW = 48  # terms of a sum, and fewer, for which bfloat16 is faster than int8, whose sums take twice as long to write and to read
 TINY = 1e-36  # a row without a larger magnitude is taken as zero: the inverse of its scale would overflow
 
 
@@ -39,12 +40,12 @@ def in_halves(shape: tuple[int, int], device: torch.device, matmul: str) -> bool
     return matmul == "bfloat16"
 
 
-def in_bytes(shape: tuple[int, int], device: torch.device, matmul: str) -> bool:
+def in_bytes(shape: tuple[int, int], rank: int, device: torch.device, matmul: str) -> bool:
     """Whether factors are lifted from the basis in int8, of which a CPU's units take twice as many as of bfloat16. Finding scales pays if
-    compiled."""
-    if device.type != "cpu" or max(shape) > MOST or min(shape) == 1:  # torch 2.13 misreads the strides of a side of one
+    compiled, and where the rank is not so small that a product takes no longer than its result takes to be written."""
+    if device.type != "cpu" or max(shape) > MOST or min(*shape, rank) == 1:  # torch 2.13 misreads the strides of a side of one
         return False
-    pays = prod(shape) >= HALVES_PAY and torch.cpu._is_vnni_supported() and native.ready(device)
+    pays = prod(shape) >= HALVES_PAY and rank > FEW and torch.cpu._is_vnni_supported() and native.ready(device)
     return matmul == "int8" or (matmul == "auto" and pays)
 
 
@@ -64,18 +65,20 @@ def large(a: Tensor, b: Tensor) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b. On a CPU large matrices of a stack are multiplied one by one: torch.bmm copies bfloat16 operands that are transposed.
+    """a @ b; of int8 the exact sums, int32.
 
+    On a CPU large matrices of a stack are multiplied one by one: torch.bmm copies bfloat16 operands that are transposed, and knows no int8.
     A larger operand on the left is then read as it lies: transposed there, it costs up to half as much again in bfloat16 as on the right.
     """
-    if a.ndim != 3 or not large(a[0], b[0]):
-        return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+    multiply = torch._int_mm if a.dtype == torch.int8 else torch.matmul
+    if a.ndim != 3 or (multiply is torch.matmul and not large(a[0], b[0])):
+        return multiply(a, b) if out is None else multiply(a, b, out=out)
     if out is None and a.dtype == torch.bfloat16 and a.stride(-1) != 1 and a[0].numel() > b[0].numel():
         return matmul(b.mT, a.mT).mT
     if out is None:
-        out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=a.dtype)
+        out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.int32 if a.dtype == torch.int8 else a.dtype)
     for one, other, result in zip(a, b, out, strict=True):
-        torch.mm(one, other, out=result)
+        multiply(one, other, out=result)
     return out
 
 
@@ -229,36 +232,32 @@ class Lift:
         """P U (layers, m, n) of the layers of ``part``, or turned.
 
         Yields:
-            Which of those layers, which rows, and the product, valid until the next: all at once if it is of floats or wanted ``whole``,
-            and else in bands of a layer's rows that are still in a cache when they are read.
+            Which of those layers, which rows, and the product, valid until the next: all at once if it is wanted ``whole`` or fits a
+            cache, and else in bands of a layer's rows that are still in a cache when they are read.
         """
-        basis, factor = self._basis[part], factor[part]
+        basis, factor, scales = self._basis[part], factor[part], None
         if self._scales is None:
             factor = factor.to(basis.dtype)
-            one, other = (factor.mT, basis.mT) if self._turned else (basis, factor)
-            out = self._workspace.take("product", (len(one), one.shape[-2], other.shape[-1]), basis.dtype)
-            yield slice(None), slice(None), Product(matmul(one, other, out))
-            return
-        codes = self._workspace.take("codes", tuple(factor.shape), torch.int8)
-        along, down = self._scales[part], to_bytes_down(factor, codes)
-        one, other = basis, codes
+        else:
+            codes = self._workspace.take("codes", tuple(factor.shape), torch.int8)
+            scales = self._scales[part], to_bytes_down(factor, codes)
+            factor = codes
+        one, other = basis, factor
         if self._turned:
-            one, other, along, down = codes.mT, basis.mT, down, along
+            one, other, scales = factor.mT, basis.mT, scales and scales[::-1]
         layers, rows, cols = len(one), one.shape[-2], other.shape[-1]
-        if whole:
-            sums = self._workspace.take("product", (layers, rows, cols), torch.int32)
-            for a, b, result in zip(one, other, sums, strict=True):
-                torch._int_mm(a, b, out=result)
-            yield slice(None), slice(None), Product(sums, (along, down))
+        kind = basis.dtype if scales is None else torch.int32
+        if whole or layers * rows * cols <= CACHED:
+            yield slice(None), slice(None), Product(matmul(one, other, self._workspace.take("product", (layers, rows, cols), kind)), scales)
             return
         count = -(-rows // max(16, CACHED // cols))  # of bands of like size: torch 2.13 misreads the strides of a side of one
         for layer in range(layers):
+            here = slice(layer, layer + 1)
             for first, last in pairwise(rows * number // count for number in range(count + 1)):
                 band = slice(first, last)
-                sums = self._workspace.take("product", (1, last - first, cols), torch.int32)
-                torch._int_mm(one[layer, band], other[layer], out=sums[0])
-                here = slice(layer, layer + 1)
-                yield here, band, Product(sums, (along[here, band], down[here]))
+                out = self._workspace.take("product", (1, last - first, cols), kind)
+                matmul(one[layer, band], other[layer], out[0])
+                yield here, band, Product(out, scales and (scales[0][here, band], scales[1][here]))
 
 
 class ByteMatrices:
@@ -304,8 +303,7 @@ class ByteMatrices:
         across = a.stride(-1) != 1 and rows > 1 and cols < a.shape[-2]  # then (A xᵀ)ᵀ is a quarter faster
         shape = (len(codes), cols, rows) if across else (len(codes), rows, cols)
         sums = workspace.take("sums", shape, torch.int32)
-        for one, other, result in zip(codes, a, sums, strict=True):
-            torch._int_mm(*((other.mT, one.mT) if across else (one, other)), out=result)
+        matmul(*((a.mT, codes.mT) if across else (codes, a)), out=sums)
         own = (own if over is None else own / over) * self._largest
         other = self._scales if apart else torch.ones(len(codes), cols)
         product = Product(sums, (other, own) if across else (own, other)).floats(workspace.take(purpose, shape))

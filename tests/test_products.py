@@ -13,7 +13,7 @@ from mango.errors import ConfigError
 from mango.optim import LayerPlan, Mango
 from mango.optim.layers import Hyper, LayerStack
 from mango.orthonormal import orthonormalize
-from mango.products import MOST, ByteMatrices, Lift
+from mango.products import FEW, MOST, ByteMatrices, Lift
 from mango.subspace import captured_energy, half_step, power_step
 from mango.workspace import Workspace
 
@@ -51,21 +51,41 @@ def test_products_are_within_the_rounding_of_both_operands(
         assert product(x).dtype == torch.float32
 
 
-@given(m=st.integers(2, 70), n=st.integers(2, 90), k=st.integers(2, 9), turned=st.booleans(), seed=st.integers(0, 1000))
-def test_a_factor_is_lifted_within_the_rounding_of_both_in_bands_as_at_once(m: int, n: int, k: int, turned: bool, seed: int) -> None:
+@given(
+    m=st.integers(2, 70),
+    n=st.integers(2, 90),
+    k=st.integers(2, 9),
+    turned=st.booleans(),
+    integers=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_a_factor_is_lifted_within_the_rounding_of_both_in_bands_as_at_once(
+    m: int, n: int, k: int, turned: bool, integers: bool, seed: int
+) -> None:
     basis, factor, part = gaussian((3, m, k), (seed, 0)), gaussian((3, k, n), (seed, 1)), slice(1, 3)
-    exact = basis.double() @ factor.double()
-    lift = Lift(basis, turned, True, Workspace(CPU))
+    exact = (basis.double() @ factor.double())[part]
+    exact = exact.mT if turned else exact
+    lift = Lift(basis, turned, integers, Workspace(CPU))
     ((_, _, at_once),) = lift.products(factor, part, whole=True)
-    found = at_once.floats()
-    most = k * basis.abs().amax() * factor.abs().amax() * (2 / 254 + 1 / 254**2) * 1.001
-    assert float((found - (exact.mT if turned else exact)[part]).abs().max()) <= most
-    banded = torch.full_like(found, torch.nan)
+    found = at_once.floats().clone()  # of floats it is the workspace's, which the bands are about to take
+    largest = k * float(basis.abs().amax() * factor.abs().amax())
+    rounding = torch.finfo(torch.float32).eps
+    assert float((found - exact).abs().max()) <= largest * ((2 / 254 + 1 / 254**2) * 1.001 if integers else rounding)
+    banded, count = torch.full_like(found, torch.nan), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "CACHED", 1)
         for layers, rows, product in lift.products(factor, part, whole=False):
             banded[layers, rows] = product.floats()
-    assert torch.equal(banded, found)
+            count += 1
+    assert count == 2 * -(-len(found[0]) // 16)
+    assert torch.equal(banded, found) if integers else float((banded - exact).abs().max()) <= largest * rounding
+
+
+def test_a_basis_of_few_directions_is_lifted_as_floats_unless_bytes_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    shape = (1024, 1024)
+    assert [products.in_bytes(shape, rank, CPU, "auto") for rank in (1, FEW, FEW + 1)] == [False, False, True]
+    assert [products.in_bytes(shape, rank, CPU, "int8") for rank in (1, FEW, FEW + 1)] == [False, True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

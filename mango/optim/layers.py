@@ -128,7 +128,7 @@ class LayerStack:
         found = diagnose(self, torch.stack(list(h)).float(), as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
-        integers = self._lifts_in_bytes(hyper) and self.rank > 1  # torch 2.13 misreads the strides of a side of one
+        integers = self._lifts_in_bytes(hyper)
         residual, scale, kept = self.residual, None, self.error.store is not None
         lifted = as_used * -hyper.lr
         if kept:
@@ -188,7 +188,7 @@ class LayerStack:
         return hyper.matmul == "int8" and self._lifts_in_bytes(hyper)
 
     def _lifts_in_bytes(self, hyper: Hyper) -> bool:
-        return in_bytes((self.rows, self.cols), self.device, hyper.matmul)
+        return in_bytes((self.rows, self.cols), self.rank, self.device, hyper.matmul)
 
     def _operand(
         self, h: Tensor | Sequence[Tensor], dtype: torch.dtype, hyper: Hyper, workspace: Workspace
