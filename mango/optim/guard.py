@@ -29,7 +29,8 @@ class Guard:
         for device in dict.fromkeys(grad.device for grad in grads):
             places = [place for place, grad in enumerate(grads) if grad.device == device]
             if device.type != "cuda":
-                self._refuse([names[place] for place in places if not all_finite(grads[place])])
+                # from the last on: a step begins with the first, which are still in a cache then
+                self._refuse([names[place] for place in reversed(places) if not all_finite(grads[place])][::-1])
                 continue
             # norms, for which a card has one kernel; in float32 those of large values overflow, and count as not finite
             norms = torch._foreach_norm([grads[place] for place in places], dtype=torch.float32)
