@@ -228,25 +228,25 @@ class Lift:
             self._basis = workspace.take("basis codes", tuple(basis.shape), torch.int8)
             self._scales, _ = to_bytes(basis, self._basis)
 
-    def products(self, factor: Tensor, part: slice, whole: bool) -> Iterator[tuple[slice, slice, Product]]:
-        """P U (layers, m, n) of the layers of ``part``, or turned.
+    def products(self, factor: Tensor, whole: bool) -> Iterator[tuple[slice, slice, Product]]:
+        """P U (layers, m, n), or turned.
 
         Yields:
-            Which of those layers, which rows, and the product, valid until the next: all at once if it is wanted ``whole`` or fits a
-            cache, and else in bands of a layer's rows that are still in a cache when they are read.
+            Which layers, which rows, and the product, valid until the next: all at once if it is wanted ``whole`` or fits a cache, and
+            else in bands of a layer's rows that are still in a cache when they are read.
         """
-        basis, factor, scales = self._basis[part], factor[part], None
+        scales = None
         if self._scales is None:
-            factor = factor.to(basis.dtype)
+            factor = factor.to(self._basis.dtype)
         else:
             codes = self._workspace.take("codes", tuple(factor.shape), torch.int8)
-            scales = self._scales[part], to_bytes_down(factor, codes)
+            scales = self._scales, to_bytes_down(factor, codes)
             factor = codes
-        one, other = basis, factor
+        one, other = self._basis, factor
         if self._turned:
-            one, other, scales = factor.mT, basis.mT, scales and scales[::-1]
+            one, other, scales = factor.mT, self._basis.mT, scales and scales[::-1]
         layers, rows, cols = len(one), one.shape[-2], other.shape[-1]
-        kind = basis.dtype if scales is None else torch.int32
+        kind = torch.int32 if scales else self._basis.dtype
         if whole or layers * rows * cols <= CACHED:
             yield slice(None), slice(None), Product(matmul(one, other, self._workspace.take("product", (layers, rows, cols), kind)), scales)
             return

@@ -140,24 +140,20 @@ class LayerStack:
             lifted.mul_(a.unsqueeze(-1))
             scale = residual.sides((a, s))
         lift = Lift(lifted.to(dtype), self.rows > self.cols, integers, workspace)
-        each = self.layers if kept else max(1, STACK_VALUES // (self.rows * self.cols))
         whole = not (residual is not None and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations
-        for first in range(0, self.layers, each):
-            part = slice(first, first + each)
-            left, factors = h[part], None if scale is None else (scale[0][part], scale[1][part])
-            for here, rows, step in lift.products(adam, part, whole):
-                along = None if factors is None else (factors[0][here, rows], factors[1][here])
-                self._apply(params[part][here], grads[part][here], _band(left, here, rows), along, step, rows, hyper, workspace)
+        for part, rows, step in lift.products(adam, whole):
+            along = None if scale is None else (scale[0][part, rows], scale[1][part])
+            self._apply(params[part], grads[part], _band(h, part, rows), along, step, rows, hyper, workspace)
         return found
 
     def _missed(self, h: Tensor, lift: Lift, u: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """H <- H - PU (layers, rows, cols), which is also kept. Returns ``square_sums`` of it."""
         coded = self.error.coded()
         along, down = torch.empty(h.shape[:2], device=self.device), torch.zeros(len(h), self.cols, device=self.device)
-        for here, rows, product in lift.products(u, slice(None), not native.ready(self.device)):
-            into = None if coded is None else coded.band(here, rows)
-            along[here, rows], sums = square_sums(h[here, rows], product, h[here, rows], into)
-            down[here] += sums
+        for part, rows, product in lift.products(u, not native.ready(self.device)):
+            into = None if coded is None else coded.band(part, rows)
+            along[part, rows], sums = square_sums(h[part, rows], product, h[part, rows], into)
+            down[part] += sums
         if coded is None:
             self.error.keep(h, generator=generator)
         elif not all_finite(coded.scales.view(-1)):

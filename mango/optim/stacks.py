@@ -143,7 +143,8 @@ def _most_values(item: Item) -> int:
     group, plan, device = item.place.group, item.place.plan, item.param.device
     assert plan is not None
     if (
-        item.param.dtype != torch.float32
+        not plan.residual  # then what is lifted is wanted whole
+        or item.param.dtype != torch.float32
         or not native.ready(device)
         or not in_halves(matrix_shape(item.param.shape), device, group["matmul"])
     ):
