@@ -173,7 +173,7 @@ def test_photographs_stand_in_and_say_so(monkeypatch: pytest.MonkeyPatch) -> Non
     found, origin = data.find("imagefolder", "auto")
     assert (found, origin.title) == ("embedded", "patches of photographs (embedded stand-in)")
     monkeypatch.setattr(photographs, "FILES", ("coins.png", "rocket.jpg"))
-    loaded = data.load("imagefolder", size=16, train=60, test=20)
+    loaded = data.load("imagefolder", size=16, classes=20, train=60, test=20)  # it gives the classes that it has
     assert loaded.classes == ["coins", "rocket"] and set(loaded.splits["train"].labels.tolist()) == {0, 1}
     with pytest.raises(DataError, match=r"tiny-imagenet-100\.tar\.xz"):
         data.load("imagefolder", source="local")

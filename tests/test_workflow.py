@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+from mango import data
 from mango.errors import ConfigError
 from mango.training.config import load, resolve
 
@@ -202,6 +203,18 @@ def test_changing_one_variant_changes_its_own_jobs_only() -> None:
         if jobs.run_settings(before, "cifar10", name) != jobs.run_settings(after, "cifar10", name)
     }
     assert changed == {"mango"}
+
+
+@pytest.mark.usefixtures("own_folders")
+def test_the_default_tier_has_data_where_nobody_brought_any() -> None:
+    """The first command of the README, on a machine without a data folder."""
+    found = {}
+    for name, task in load(ROOT / "workflow" / "config" / "laptop.yaml").experiments.items():
+        arguments = task.data_arguments()
+        if arguments not in found.values():
+            found[name] = arguments
+            assert data.load(**arguments).source == "embedded", name
+    assert len(found) > 3
 
 
 # ---------------------------------------------------------------- rules, profiles, notebooks
