@@ -19,7 +19,7 @@ from mango.workspace import Workspace
 
 MOST = 1 << 17  # terms of which an int32 holds the sum, each at most 127²
 HALVES_PAY = 1 << 18  # values of a matrix from which products in bfloat16 or int8 are faster than the conversion costs
-CACHED = 1 << 21  # sums that are taken at once before they are read: 8 MiB
+CACHED = 1 << 21  # values of a product that are taken at once before they are read: 4 MiB of bfloat16, 8 of int32 sums
 FEW = 48  # terms of a sum, and fewer, for which bfloat16 is faster than int8, whose sums take twice as long to write and to read
 TINY = 1e-36  # a row without a larger magnitude is taken as zero: the inverse of its scale would overflow
 

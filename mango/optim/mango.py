@@ -70,10 +70,10 @@ class Mango(Planned):
         seed: with the step it determines the scouts.
         matmul: of products: "float32", "bfloat16", "int8" (on a CPU; see mango.products), or "auto": for matrices of at least 2^18 values
             bfloat16 where the processor has units for it (AVX512-BF16, AMX, CUDA from compute capability 8.0 on), and int8 for what is
-            lifted from a basis of more than 48 directions where a CPU has units for that (VNNI) and numba is installed. With "int8"
-            products with the gradient are too: faster, but its weak directions drown in the rounding where strong ones hold nearly
-            everything. Sums are in float32 or int32, what is kept is as the plan says; a step differs by rounding. With numba, H is formed
-            in bfloat16 where it is multiplied so and its error is kept in four bits.
+            lifted from a basis of more than ``mango.products.FEW`` directions where a CPU has units for that (VNNI) and numba is installed.
+            With "int8" products with the gradient are too: faster, but its weak directions drown in the rounding where strong ones hold
+            nearly everything. Sums are in float32 or int32, what is kept is as the plan says; a step differs by rounding. With numba, H is
+            formed in bfloat16 where it is multiplied so and its error is kept in four bits.
         memory_budget: of ``nbytes()``, in bytes or as "24GiB", "0.5 bytes/param": the best plan for each matrix under it is chosen (see
             mango.policy.Budget) and takes the place of ``plan``, except in groups whose plan is None. Never exceeded: parameters that are
             unfrozen or added later make the others smaller.
