@@ -33,6 +33,7 @@ def candidates(rank: int) -> dict[str, tuple[str, dict[str, Any]]]:
         "adafactor": ("adafactor", {}),
         "adamw8bit": ("adamw8bit", {}),
         f"galore rank {rank}": ("galore", {"rank": rank, "update_proj_gap": 200}),
+        f"galore8bit rank {rank}": ("galore8bit", {"rank": rank, "update_proj_gap": 200}),
         "muon": ("muon", {}),
     }
 

@@ -121,12 +121,46 @@ def pagedadamw8bit(
 
 def galore(matrices: Named, rest: Named, **options: Any) -> Chain:
     """galore-torch's GaLoreAdamW (arXiv:2403.03507): a basis by SVD every ``update_proj_gap`` steps. ``rank`` as in LayerPlan."""
-    return _galore("GaLoreAdamW", matrices, rest, **options)
+    return _galore(_extra("galore_torch", "GaLore", "galore-torch").GaLoreAdamW, matrices, rest, no_deprecation_warning=True, **options)
 
 
-def _needs_cuda(name: str, matrices: Named, rest: Named) -> None:
-    if any(param.device.type != "cuda" for _, param in [*matrices, *rest]):
-        raise ConfigError.of("optimizer", name, "another one for parameters that are not on a CUDA device: its package runs there alone")
+def galore8bit(matrices: Named, rest: Named, **options: Any) -> Chain:
+    """GaLore with 8-bit moments: galore-torch's projection around bitsandbytes' AdamW8bit, on a CPU too.
+
+    galore-torch's own GaLoreAdamW8bit calls CUDA at every step, and hands bitsandbytes arguments by the places that they had in older
+    releases (clipping by percentile arrives as a largest norm). Projected gradients below ``min_8bit_size`` = 4096 values keep 32-bit
+    moments, as in AdamW8bit.
+    """
+    base, project = _extra("bitsandbytes", "8-bit GaLore").optim.AdamW8bit, _projector()
+
+    class AdamW8bit(base):  # type: ignore[misc, valid-type]
+        """Steps a matrix of zeros, of the projected gradient's shape, in the parameter's place; where that ends is the projected step."""
+
+        def init_state(self, group: dict[str, Any], p: torch.Tensor, *place: int) -> None:
+            if "rank" in group:
+                self.state[p]["projector"] = project(group)  # moments follow, when their shape is known
+            else:
+                super().init_state(group, p, *place)
+
+        def update_step(self, group: dict[str, Any], p: torch.Tensor, *place: int) -> None:
+            if "rank" not in group:
+                return super().update_step(group, p, *place)
+            state, weight, gradient = self.state[p], p.data, p.grad
+            projected = state["projector"].project(gradient, state.get("step", 0))
+            p.data, p.grad = torch.zeros_like(projected), projected
+            if "state1" not in state:
+                super().init_state(group, p, *place)
+            super().update_step({**group, "weight_decay": 0.0}, p, *place)
+            p.data, p.grad, step = weight, gradient, p.data
+            p.add_(state["projector"].project_back(step)).mul_(1.0 - group["lr"] * group["weight_decay"])  # in galore-torch's order
+
+    return _galore(AdamW8bit, matrices, rest, **options)
+
+
+def _projector() -> Callable[[dict[str, Any]], Any]:
+    """Parameter group -> galore-torch's projector."""
+    projector = _extra("galore_torch", "GaLore", "galore-torch").galore_projector.GaLoreProjector
+    return lambda group: projector(**{key: group[key] for key in ("rank", "update_proj_gap", "scale", "proj_type")})
 
 
 def _by_rank(matrices: Named, rank: int | float) -> dict[int, list[torch.Tensor]]:
@@ -138,7 +172,7 @@ def _by_rank(matrices: Named, rank: int | float) -> dict[int, list[torch.Tensor]
 
 
 def _galore(
-    kind: str,
+    base: type[torch.optim.Optimizer],
     matrices: Named,
     rest: Named,
     lr: float = 1e-3,
@@ -150,13 +184,14 @@ def _galore(
     proj_type: str = "std",
     **options: Any,
 ) -> Chain:
-    module = _extra("galore_torch", "GaLore", "galore-torch")
+    """``base`` projects in groups with a rank, and keeps a projector in the state of their parameters."""
+    project = _projector()
     groups: list[dict[str, Any]] = []
     for columns, params in _by_rank(matrices, rank).items():
         groups.append({"params": params, "rank": columns, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type})
     groups.append({"params": [param for _, param in rest], "lr": lr if rest_lr is None else rest_lr})
 
-    class GaLore(getattr(module, kind)):  # type: ignore[misc]
+    class GaLore(base):  # type: ignore[misc, valid-type]
         """With a state that loads with weights_only=True: the projector's tensor in place of the projector."""
 
         def state_dict(self) -> dict[str, Any]:
@@ -173,22 +208,11 @@ def _galore(
                 for param in group["params"]:
                     state = self.state.get(param, {})
                     if "ortho_matrix" in state:
-                        projector = module.galore_projector.GaLoreProjector(
-                            group["rank"], update_proj_gap=group["update_proj_gap"], scale=group["scale"], proj_type=group["proj_type"]
-                        )
-                        projector.ortho_matrix = state.pop("ortho_matrix")
-                        state["projector"] = projector
+                        state["projector"] = project(group)
+                        state["projector"].ortho_matrix = state.pop("ortho_matrix")
 
-    if kind == "GaLoreAdamW":
-        options["no_deprecation_warning"] = True
     groups = [group for group in groups if group["params"]]
     return Chain([Part(lambda inner: GaLore(inner, lr=lr, weight_decay=weight_decay, **options), groups, fold=True)])
-
-
-def galore8bit(matrices: Named, rest: Named, **options: Any) -> Chain:
-    """galore-torch's GaLoreAdamW8bit: GaLore with bitsandbytes' 8-bit moments. Needs CUDA, for which it waits at every step."""
-    _needs_cuda("galore8bit", matrices, rest)
-    return _galore("GaLoreAdamW8bit", matrices, rest, **options)
 
 
 def adarankgrad(
