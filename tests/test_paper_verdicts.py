@@ -204,10 +204,10 @@ def test_what_fits_is_said_from_the_planners_report() -> None:
     reports = planned(rtx4090={"mango-budget": 1500}, rtx5090={"galore": 900, "mango": 700, "mango-budget": 800})
     first, second = (paper_plan.outcome(report) for report in reports)
     assert "with plans chosen for the card fits, and no other method does; the longest context is \\num{1500} tokens, by Mango" in first
-    assert "\\num{3} of the \\num{11} fit; the longest context is \\num{900} tokens, by GaLore." in second and "no other" not in second
+    assert "\\num{3} of the \\num{13} fit; the longest context is \\num{900} tokens, by GaLore." in second and "no other" not in second
     assert paper_plan.outcome(planned(rtx4090={}, rtx5090={})[0]).endswith("no method fits.")
     rows = paper_plan.rows(reports)
-    assert len(rows) == 12 and [row[-4:] for row in rows[-2:]] == [["yes", r"\num{1500}", "", ""], ["", "", "yes", r"\num{800}"]]
+    assert len(rows) == 14 and [row[-4:] for row in rows[-2:]] == [["yes", r"\num{1500}", "", ""], ["", "", "yes", r"\num{800}"]]
     assert len(paper_plan.head(reports)[1]) == len(rows[0]) and rows[-1][0].endswith("of 32 GB")
 
 

@@ -59,9 +59,11 @@ METHODS = {
     "adafactor": Method("adafactor"),
     "muon": Method("muon"),
     "galore": Method("galore"),
+    "galore8bit": Method("galore8bit"),
     "mango": Method("mango"),
     "adamw8bit+fused": Method("adamw8bit", fused=True),
     "galore+fused": Method("galore", fused=True),
+    "galore8bit+fused": Method("galore8bit", fused=True),
     "mango+fused": Method("mango", fused=True),
     "mango+fused+int4": Method("mango", fused=True, mole={"store": "int4", **CHUNK}),
     "mango+fused+int2": Method("mango", fused=True, mole={"store": "int2", **CHUNK}),
@@ -113,15 +115,15 @@ def state_nbytes(
     if optimizer == "muon":
         return sum(prod(shape) * size for shape in matrices.values()) + state_nbytes("adamw", rest, dtype)
     if optimizer == "adamw8bit":
-        large = [prod(shape) for shape in shapes.values() if prod(shape) >= SMALLEST]
-        small = sum(8 * prod(shape) for shape in shapes.values() if prod(shape) < SMALLEST)
-        return small + sum(2 * (values + 4 * -(-values // BLOCK)) for values in large) + (MAPS if large else 0)
-    if optimizer == "galore":
-        return sum(_galore(name, shape, rank) * size for name, shape in matrices.items()) + sum(2 * prod(s) * size for s in rest.values())
+        return _eight_bits(map(prod, shapes.values()))
+    if optimizer in ("galore", "galore8bit"):
+        sizes = [_galore(name, shape, rank) for name, shape in matrices.items()]
+        moments = [moment for _, moment in sizes] + [prod(shape) for shape in rest.values()]
+        return sum(basis for basis, _ in sizes) * size + (2 * sum(moments) * size if optimizer == "galore" else _eight_bits(moments))
     if optimizer == "mango":
         chosen = {name: plans if isinstance(plans, LayerPlan) else plans.get(name) for name in matrices}
         return sum(layer_nbytes(shape, chosen.get(name)) for name, shape in shapes.items())
-    raise ConfigError.of("optimizer", optimizer, "adamw, adafactor, muon, adamw8bit, galore or mango")
+    raise ConfigError.of("optimizer", optimizer, "adamw, adafactor, muon, adamw8bit, galore, galore8bit or mango")
 
 
 def _adafactor(shape: Shape) -> int:
@@ -129,11 +131,18 @@ def _adafactor(shape: Shape) -> int:
     return shape[0] + prod(shape[1:]) if len(shape) > 1 else prod(shape)
 
 
-def _galore(name: str, shape: Shape, rank: int | float) -> int:
-    """The projection on the smaller side and two moments of the projected gradient."""
+def _eight_bits(values: Iterable[int]) -> int:
+    """bitsandbytes' two moments of tensors of so many values, in bytes."""
+    values = list(values)
+    kept = [2 * (count + 4 * -(-count // BLOCK)) if count >= SMALLEST else 8 * count for count in values]
+    return sum(kept) + (MAPS if max(values, default=0) >= SMALLEST else 0)
+
+
+def _galore(name: str, shape: Shape, rank: int | float) -> tuple[int, int]:
+    """Values of the projection on the smaller side, and of each moment of the projected gradient."""
     rows, cols = shape[0], prod(shape[1:])
     columns = LayerPlan(rank=rank).columns(rows, cols, name)
-    return columns * (min(rows, cols) + 2 * max(rows, cols))
+    return columns * min(rows, cols), columns * max(rows, cols)
 
 
 def scratch_nbytes(
@@ -167,7 +176,8 @@ def scratch_nbytes(
     if optimizer == "adafactor":  # its foreach step forms the second moment of all parameters at once, in their dtype
         return dtype.itemsize * (max if fused else sum)(map(prod, shapes.values()))
     largest = max(matrices.values(), key=prod, default=None)  # Muon and GaLore go parameter by parameter
-    return 0 if largest is None else _peer_step(optimizer, largest, dtype, rank)
+    # moments in eight bits are stepped in place: GaLore's peak, the SVD, is the same
+    return 0 if largest is None else _peer_step(optimizer.removesuffix("8bit"), largest, dtype, rank)
 
 
 @cache

@@ -182,7 +182,7 @@ class _Planner:
         return need.row(name, growth.at(size), self.usable, longest, self._describe(here), self._describe(there) if longest else None)
 
     def _need(self, each: Method, dtype: torch.dtype, plans: LayerPlan | Mapping[str, LayerPlan]) -> _Need:
-        exclude = self.target.patterns() if each.optimizer in ("muon", "galore") else []
+        exclude = self.target.patterns() if each.optimizer in ("muon", "galore", "galore8bit") else []
         sizes = [prod(shape) * dtype.itemsize for shape in self.shapes.values()]
         return _Need(
             weights=_weights(self.target.module, dtype),
