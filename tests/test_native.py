@@ -17,14 +17,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mango import LayerPlan, Mango, codecs, native
+from mango.codecs.fourbit import FourBit
 from mango.codecs.int8 import code_table
 from mango.draws import gaussian
 from mango.errors import NonFinite
 from mango.feedback.buffer import ErrorBuffer
 from mango.mole import pair
+from mango.native import codecs as bits
 from mango.native import optim as loops
 from mango.native import threads
 from mango.native.jit import compiled
+from mango.native.tables import BINS, PERMUTES
 from mango.optim.guard import Guard
 from mango.products import Product, square_sums, to_bytes, to_bytes_down
 
@@ -104,6 +107,22 @@ def test_pairs_are_equal(block: int, n: int, dtype: torch.dtype, scale: float, s
 
     mine, twin = both(work)
     assert all(same(a, b) for a, b in zip(mine, twin, strict=True))
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_codes_that_are_looked_up_are_those_that_are_searched_for(name: str) -> None:
+    codec = codecs.get(name)
+    assert isinstance(codec, FourBit)
+    thresholds, order = (part.numpy() for part in codec.thresholds())
+    tables = [np.empty(BINS, kind) for kind in (np.float32, np.int32, np.int32)]
+    bins = bits.tabulate(thresholds, order, *tables)
+    assert bins == (BINS if PERMUTES and name == "nf4" else 0), "thresholds of FP4 are too near to one another"
+    near = [np.nextafter(thresholds, np.float32(far)) for far in (-2.0, 2.0)]
+    x = np.concatenate([thresholds, *near, [-1.0, 1.0, 0.0, -0.0], np.linspace(-1.0, 1.0, 10007)]).astype(np.float32)[:10048]
+    found, looked_up, searched = (np.zeros(len(x), np.uint8) for _ in range(3))
+    for edges, pairs in ((tables[0][:bins], looked_up), (tables[0][:0], searched)):
+        bits.nearest(x, thresholds, order, edges, *tables[1:], found, pairs[: len(x) // 2])
+    assert np.array_equal(looked_up, searched) and len(set(searched[: len(x) // 2])) > 15
 
 
 def test_double_quantised_scales_are_equal() -> None:

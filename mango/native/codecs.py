@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from mango.native.jit import PAIRS, TILE, compiled, scratch
+from mango.native.tables import BINS, HALF_BINS, LANES, MIDDLE_BIN, PERMUTES, look_up_codes, look_up_levels
 
 Array = np.ndarray[Any, np.dtype[Any]]
-ZERO, ONE, TINY = np.float32(0.0), np.float32(1.0), np.float32(1e-38)
+ZERO, ONE, TINY, INFINITE = np.float32(0.0), np.float32(1.0), np.float32(1e-38), np.float32(np.inf)
 NONE, UNIT, TWO, FOUR, EIGHT = (np.int32(bit) for bit in (0, 1, 2, 4, 8))
 MAGNITUDE, SIGN = np.int32(0x7FFFFFFF), np.int32(31)
 ROUND, HALF = np.int32(0x7FFF), np.int32(16)
@@ -99,6 +100,8 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
     order: (16,) uint8, the code of each interval between them; codes: (ceil(n / 2),) uint8, written.
     """
     unit, found = scratch(TILE, np.float32), scratch(TILE, np.uint8)
+    edges, lower, upper = scratch(BINS, np.float32), scratch(BINS, np.int32), scratch(BINS, np.int32)
+    edges = edges[: tabulate(thresholds, order, edges, lower, upper)]
     piece = min(block, TILE)
     for begin in range(first * block, last * block, piece):
         end, b = begin + piece, begin // block
@@ -112,12 +115,43 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
             for i in range(values.size):
                 unit[i] = values[i] / scale
             unit[values.size : piece] = ZERO  # the value that fills the last byte
-        nearest(unit[:piece], thresholds, order, found[:piece], codes[begin // 2 : end // 2])
+        nearest(unit[:piece], thresholds, order, edges, lower, upper, found, codes[begin // 2 : end // 2])
 
 
 @compiled
-def nearest(unit: Array, thresholds: Array, order: Array, found: Array, pairs: Array) -> None:
-    """The codes of ``encode_nibbles``. unit: (n,) float32; found: uint8, for as many codes; pairs: (n / 2,) uint8 or less, written."""
+def tabulate(thresholds: Array, order: Array, edges: Array, lower: Array, upper: Array) -> Any:
+    """Fills the tables of ``look_up_codes``. Returns how many bins they have: none where they are of no use, because two thresholds share a
+    bin (as FP4's do) or the processor cannot permute."""
+    passed = 0
+    for b in range(edges.size):
+        begun = passed
+        edges[b], lower[b] = INFINITE, order[passed]
+        while passed < thresholds.size and np.int32(thresholds[passed] * HALF_BINS + MIDDLE_BIN) == b:
+            edges[b] = thresholds[passed]
+            passed += 1
+        upper[b] = order[passed]
+        if passed > begun + 1:
+            return 0
+    return edges.size if PERMUTES else 0
+
+
+@compiled
+def nearest(unit: Array, thresholds: Array, order: Array, edges: Array, lower: Array, upper: Array, found: Array, pairs: Array) -> None:
+    """The codes of ``encode_nibbles``.
+
+    unit: (n,) float32; edges, lower, upper: as ``tabulate`` left them; found: uint8, for as many codes; pairs: (n / 2,) uint8 or less,
+    written.
+    """
+    whole = pairs.size // LANES if edges.size else 0
+    for k in range(whole):
+        look_up_codes(unit, 2 * LANES * k, edges, lower, upper, pairs, LANES * k)
+    if LANES * whole < pairs.size:
+        _search(unit[2 * LANES * whole :], thresholds, order, found, pairs[LANES * whole :])
+
+
+@compiled
+def _search(unit: Array, thresholds: Array, order: Array, found: Array, pairs: Array) -> None:
+    """``nearest`` where there are no tables."""
     halves = found.view(np.uint16)  # the two codes of a byte
     t0, t1, t2, t3, t4, t5, t6, t7 = thresholds[:8]
     t8, t9, t10, t11, t12, t13, t14 = thresholds[8:]
@@ -147,18 +181,38 @@ def decode_nibbles(first: int, last: int, codes: Array, scales: Array, block: in
 
     pairs: (256,) float64, whose 8 bytes are two levels; out: see ``store``.
     """
-    wide, bits = scratch(PAIRS, np.float64), scratch(TILE, np.int32)  # apart, as a look-up has no vector instruction
+    wide, bits, levels = scratch(PAIRS, np.float64), scratch(TILE, np.int32), scratch(LANES, np.float32)
     level, values = wide.view(np.float32), bits.view(np.float32)
+    single(pairs, levels)
     piece = min(block, TILE)
     for begin in range(first * block, last * block, piece):
         end, b = begin + piece, begin // block
         scale = scales[b] if scales[b] > TINY else ZERO
-        found, into = codes[begin // 2 : end // 2], out[begin:end]
-        for k in range(found.size):
-            wide[k] = pairs[found[k]]
+        into = out[begin:end]
+        expand(codes[begin // 2 : end // 2], pairs, levels, wide)
         for i in range(into.size):
             values[i] = level[i] * scale
         store(bits, into)
+
+
+@compiled
+def single(pairs: Array, levels: Array) -> None:
+    """The levels of the sixteen codes, float32, of which ``pairs`` has two to an entry."""
+    both = pairs.view(np.float32)
+    for code in range(levels.size):
+        levels[code] = both[2 * code + 1]
+
+
+@compiled
+def expand(codes: Array, pairs: Array, levels: Array, wide: Array) -> None:
+    """wide (n,) float64 = the pairs of levels of codes (n,) uint8, apart from what is done with them: a look-up in all pairs, unlike one in
+    sixteen levels, has no vector instruction."""
+    level = wide.view(np.float32)
+    whole = codes.size // LANES if PERMUTES else 0
+    for k in range(whole):
+        look_up_levels(codes, LANES * k, levels, level, 2 * LANES * k)
+    for k in range(LANES * whole, codes.size):
+        wide[k] = pairs[codes[k]]
 
 
 @compiled

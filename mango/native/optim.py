@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, largest, look_up, nearest, store
+from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, expand, largest, look_up, nearest, single, store, tabulate
 from mango.native.jit import PAIRS, TILE, as_float, compiled, scratch, summing
+from mango.native.tables import BINS, LANES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BAND = 64  # rows whose columns are summed together
@@ -26,16 +27,17 @@ def compensate(
     g: (n,) float32, whole blocks; out: (n,), float32 as int32, or int16 for the upper halves, rounded to bfloat16.
     """
     wide, bits = scratch(PAIRS, np.float64), scratch(TILE, np.int32)
+    levels, factors = scratch(LANES, np.float32), scratch(TILE, np.float32)
     level, sums = wide.view(np.float32), bits.view(np.float32)
-    piece = min(block, TILE)
-    for begin in range(first * block, last * block, piece):
-        end, b = begin + piece, begin // block
-        scale = scales[b] if scales[b] > TINY else ZERO
-        found, grads = codes[begin // 2 : end // 2], g[begin:end]
-        for k in range(found.size):
-            wide[k] = pairs[found[k]]
+    single(pairs, levels)
+    for begin in range(first * block, last * block, TILE):
+        end = min(begin + TILE, last * block)
+        grads = g[begin:end]
+        expand(codes[begin // 2 : end // 2], pairs, levels, wide)
+        for b in range(begin // block, (end + block - 1) // block):
+            factors[max(b * block - begin, 0) : (b + 1) * block - begin] = scales[b] if scales[b] > TINY else ZERO
         for i in range(grads.size):
-            sums[i] = level[i] * scale * decay + sign * grads[i]
+            sums[i] = level[i] * factors[i] * decay + sign * grads[i]
         store(bits, out[begin:end])
 
 
@@ -70,6 +72,8 @@ def missed(
     bits = scratch(TILE, np.int32)
     floats = bits.view(np.float32)
     unit, inverse, found = scratch(TILE, np.float32), scratch(TILE, np.float32), scratch(TILE, np.uint8)
+    edges, lower, upper = scratch(BINS, np.float32), scratch(BINS, np.int32), scratch(BINS, np.int32)
+    edges = edges[: tabulate(thresholds, order, edges, lower, upper)]
     for band in range(first, last):
         columns[band] = ZERO
         for i in range(band * BAND, min((band + 1) * BAND, h.shape[0])):
@@ -93,7 +97,7 @@ def missed(
                 if codes.shape[0]:
                     peaks = scales[i, begin // block : end // block]
                     _units(bits[: end - begin], values, peaks, block, inverse[: peaks.size], unit[: end - begin])
-                    nearest(unit[: end - begin], thresholds, order, found, codes[i, begin // 2 : end // 2])
+                    nearest(unit[: end - begin], thresholds, order, edges, lower, upper, found, codes[i, begin // 2 : end // 2])
             rows[i] = total
 
 
@@ -265,7 +269,7 @@ def apply(
 
 @compiled
 def _stepped(weight: float, x: float, up: float, decay: float, longer: float, shorter: float) -> Any:
-    agrees = (x < ZERO) & (up > ZERO) | (x > ZERO) & (up < ZERO)
+    agrees = ((x < ZERO) != (up < ZERO)) & (up != ZERO)  # or x is zero, and nothing depends on it
     return weight * decay + x * (longer if agrees else shorter)
 
 

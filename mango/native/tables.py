@@ -1,0 +1,108 @@
+"""Look-ups in tables of 16 or 32 entries by AVX-512's permutations of registers, which the compiler finds in no loop.
+
+Two intrinsics for the bodies of compiled loops, behind ``PERMUTES``: where it is False they do nothing. Arrays are contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import config, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
+
+# of the processor that numba compiles for: this one, unless its settings name another or leave features out
+_NUMBA: Any = config
+PERMUTES = bool(
+    _NUMBA.CPU_NAME is None and _NUMBA.CPU_FEATURES is None and _NUMBA.ENABLE_AVX and binding.get_host_cpu_features().get("avx512f")
+)
+LANES = 16  # values of 32 bits in a register
+BINS = 2 * LANES  # of [-1, 1]: entries of a table in two registers
+HALF_BINS, MIDDLE_BIN = np.float32(14.0), np.float32(16.0)  # bin of v: HALF_BINS v + MIDDLE_BIN, rounded down; within for |v| up to 8/7
+BYTE, WORD, FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
+
+
+def _many(kind: Any, *values: float) -> Any:
+    return ir.Constant(ir.VectorType(kind, len(values)), list(values))
+
+
+def _one(kind: Any, value: float) -> Any:
+    return _many(kind, *[value] * LANES)
+
+
+def _address(context: Any, builder: Any, array: Any, kind: Any, place: Any, vector: Any) -> Any:
+    place = ir.Constant(WORD, place) if isinstance(place, int) else place
+    return builder.bitcast(builder.gep(make_array(kind)(context, builder, array).data, [place]), vector.as_pointer())
+
+
+def _load(context: Any, builder: Any, array: Any, kind: Any, place: Any, item: Any, count: int = LANES) -> Any:
+    value = builder.load(_address(context, builder, array, kind, place, ir.VectorType(item, count)))
+    value.align = 1
+    return value
+
+
+def _store(context: Any, builder: Any, value: Any, array: Any, kind: Any, place: Any) -> None:
+    builder.store(value, _address(context, builder, array, kind, place, value.type)).align = 1
+
+
+def _permute(builder: Any, index: Any, *table: Any) -> Any:
+    """table[index], for a table in one register or in two."""
+    floats = table[0].type.element == FLOAT
+    name = f"permvar.{'sf' if floats else 'si'}" if len(table) == 1 else f"vpermi2var.{'ps' if floats else 'd'}"
+    arguments = [table[0], index, *table[1:]]
+    signature = ir.FunctionType(table[0].type, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.avx512.{name}.512"), arguments)
+
+
+def _levels(typing_context: Any, codes: Any, place: Any, levels: Any, out: Any, to: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if PERMUTES:
+            (codes, place, levels, out, to), kinds = arguments, signature.args
+            pairs = builder.zext(_load(context, builder, codes, kinds[0], place, BYTE), ir.VectorType(WORD, LANES))
+            table = _load(context, builder, levels, kinds[2], 0, FLOAT)
+            upper = _permute(builder, builder.lshr(pairs, _one(WORD, 4)), table)
+            lower = _permute(builder, builder.and_(pairs, _one(WORD, 15)), table)
+            order = _many(WORD, *(place for k in range(LANES) for place in (k, LANES + k)))
+            _store(context, builder, builder.shuffle_vector(upper, lower, order), out, kinds[3], to)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp, levels, out, types.intp), generate
+
+
+look_up_levels: Any = intrinsic(_levels)
+"""look_up_levels(codes, place, levels, out, to) in a loop: the 32 levels of 16 bytes from codes[place] on are written from out[to] on.
+
+codes: uint8, the first of two in the upper half; levels: (16,) float32, by code; out: float32."""
+
+
+def _codes(typing_context: Any, values: Any, place: Any, edges: Any, lower: Any, upper: Any, out: Any, to: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if PERMUTES:
+            (values, place, edges, lower, upper, out, to), kinds = arguments, signature.args
+            tables = [
+                [_load(context, builder, array, kind, half, item) for half in (0, LANES)]
+                for array, kind, item in zip((edges, lower, upper), kinds[2:5], (FLOAT, WORD, WORD), strict=True)
+            ]
+            both = _load(context, builder, values, kinds[0], place, FLOAT, 2 * LANES)
+            codes = []
+            for first in (0, 1):
+                v = builder.shuffle_vector(both, both, _many(WORD, *range(first, 2 * LANES, 2)))
+                scaled = builder.fadd(builder.fmul(v, _one(FLOAT, float(HALF_BINS))), _one(FLOAT, float(MIDDLE_BIN)))
+                at = builder.fptosi(scaled, ir.VectorType(WORD, LANES))
+                edge, below, above = (_permute(builder, at, *table) for table in tables)
+                codes.append(builder.select(builder.fcmp_ordered(">", v, edge), above, below))
+            pairs = builder.or_(builder.shl(codes[0], _one(WORD, 4)), codes[1])
+            _store(context, builder, builder.trunc(pairs, ir.VectorType(BYTE, LANES)), out, kinds[5], to)
+        return context.get_dummy_value()
+
+    return types.void(values, types.intp, edges, lower, upper, out, types.intp), generate
+
+
+look_up_codes: Any = intrinsic(_codes)
+"""look_up_codes(values, place, edges, lower, upper, out, to) in a loop: 32 values from values[place] on as codes, two to a byte, in 16 from
+out[to] on.
+
+values: float32 in [-1, 1]; edges: (BINS,) float32, lower, upper: (BINS,) int32: the codes of a bin's values up to its edge, and beyond."""
