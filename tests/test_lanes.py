@@ -71,6 +71,30 @@ def test_jobs_that_would_leave_a_lane_idle_run_before_on_all_threads() -> None:
     assert lanes.run([partial(job, 0)], [7], 2) == [2]
 
 
+@pytest.mark.parametrize(
+    ("groups", "found"),
+    [
+        (((4, 1, 16), (4, 4, 4), (4, 4, 4)), ((2, 2), (4,), (4,))),  # four blocks of a GPT: only the small ones are divided
+        (((4, 4, 4),), ((2, 2),)),
+        (((3, 4, 4),), ((1, 1, 1),)),  # one is then run on all threads, and two side by side
+        (((2, 9, 1), (6, 1, 6)), ((1, 1), (3, 3))),
+        (((5, 4, 4),), ((2, 3),)),
+        (((40, 4, 8),), ((6, 7, 7) * 2,)),
+        (((1, 8, 1),), ((1,),)),
+        ((), ()),
+    ],
+)
+def test_as_many_are_taken_together_as_leave_no_lane_without_work(
+    groups: tuple[tuple[int, int, int], ...], found: tuple[tuple[int, ...], ...]
+) -> None:
+    millions = tuple((members, each << 20, most) for members, each, most in groups)
+    assert lanes.divide(millions, 2) == found
+
+
+def test_one_lane_takes_as_many_together_as_may_be() -> None:
+    assert lanes.divide(((7, 3, 4), (1, 5, 4)), 1) == ((3, 4), (1,))
+
+
 @pytest.mark.parametrize("threads", [2, 4])
 def test_a_lane_works_in_torchs_team_where_each_has_one_thread(threads: int) -> None:
     """So no thread of that team is left to spin for more work beside the lanes."""
@@ -162,7 +186,7 @@ def test_a_step_in_lanes_is_the_step_on_one_thread(error: str, monkeypatch: pyte
     made, params = optimizer({"error": error})
     made.observe()
     steps(made, params, 0, 3)
-    assert used == [4] * 3 and set(made.diagnostics()) == {"w0", "w1", "w2", "w3"}
+    assert used == [2] * 3 and set(made.diagnostics()) == {"w0", "w1", "w2", "w3"}
     again, same = optimizer({"error": error})
     steps(again, same, 0, 2)
     resumed, copies = optimizer({"error": error})

@@ -120,8 +120,10 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
 
 @compiled
 def tabulate(thresholds: Array, order: Array, edges: Array, lower: Array, upper: Array) -> Any:
-    """Fills the tables of ``look_up_codes``. Returns how many bins they have: none where they are of no use, because two thresholds share a
-    bin (as FP4's do) or the processor cannot permute."""
+    """Fills the tables of ``look_up_codes``. Returns how many bins they have: none where they are of no use, as there are no thresholds, or
+    two share a bin (FP4's do), or the processor cannot permute."""
+    if not (PERMUTES and thresholds.size):
+        return 0
     passed = 0
     for b in range(edges.size):
         begun = passed
@@ -132,7 +134,7 @@ def tabulate(thresholds: Array, order: Array, edges: Array, lower: Array, upper:
         upper[b] = order[passed]
         if passed > begun + 1:
             return 0
-    return edges.size if PERMUTES else 0
+    return edges.size
 
 
 @compiled

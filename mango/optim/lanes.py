@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, lru_cache
+from math import inf
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ from mango.native.threads import on_team
 
 LANES = 2  # each needs scratch memory of its own
 TOGETHER = 1.3  # how much longer a job keeps all threads busy than its lane's, about: 1.2 to 1.7 by rank, stored error and processor
+JOB = 1 << 20  # values that take as long as what a job costs whatever its size, the small operations of a stack
+SPLITS = 64  # divisions that are looked at, in the order in which they are made
 T = TypeVar("T")
 
 
@@ -47,10 +50,46 @@ def run(jobs: Sequence[Callable[[int], T]], sizes: Sequence[int], lanes: int) ->
 
 
 @lru_cache(maxsize=64)
+def divide(groups: tuple[tuple[int, int, int], ...], lanes: int) -> tuple[tuple[int, ...], ...]:
+    """How many members of each group to take together in a job: the more, the fewer jobs, each of which costs time of its own; but not so
+    many that lanes are left without work.
+
+    Args:
+        groups: of each its members, the values of one, and how many may be taken together.
+        lanes: that will share the jobs.
+
+    Returns:
+        For each group the members of its jobs, which differ by one at most.
+    """
+    parts = [-(-members // most) for members, _, most in groups]
+    found, least = list(parts), inf
+    for _ in range(SPLITS):
+        jobs = [(JOB + each * count, place) for place, (members, each, _) in enumerate(groups) for count in _even(members, parts[place])]
+        sizes = [size for size, _ in jobs]
+        time = min(_times(tuple(sorted(sizes, reverse=True)), lanes))
+        if time < least:
+            found, least = list(parts), time
+        larger = [(size, place) for size, place in jobs if size > JOB + groups[place][1]]
+        if not larger or least <= sum(sizes) / lanes:  # which more jobs only raise
+            break
+        parts[min(larger)[1]] += 1
+    return tuple(_even(members, into) for (members, _, _), into in zip(groups, found, strict=True))
+
+
+def _even(members: int, into: int) -> tuple[int, ...]:
+    return tuple(members * (part + 1) // into - members * part // into for part in range(into))
+
+
+@lru_cache(maxsize=64)
 def _alone(sizes: tuple[int, ...], lanes: int) -> int:
     """How many of the largest are best run on all threads, one by one, before the others; sizes: descending."""
-    times = [TOGETHER * sum(sizes[:alone]) / lanes + _longest(sizes[alone:], lanes) for alone in range(len(sizes) + 1)]
+    times = _times(sizes, lanes)
     return times.index(min(times))
+
+
+def _times(sizes: tuple[int, ...], lanes: int) -> list[float]:
+    """How long the jobs take with none, one, two, … of the largest run alone."""
+    return [TOGETHER * sum(sizes[:alone]) / lanes + _longest(sizes[alone:], lanes) for alone in range(min(len(sizes), 2 * lanes) + 1)]
 
 
 def _longest(sizes: Sequence[int], lanes: int) -> int:

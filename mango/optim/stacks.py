@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from math import prod
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from mango.products import in_halves, without_autocast
 from mango.workspace import Workspace
 
 State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter
+ROUGH = 4  # times STACK_VALUES: bfloat16 of so many take 32 MiB, and a step of fewer, larger stacks a tenth less time
 HOLDS = ("cpu",)  # devices on which scratch memory is held between steps; others have allocators that give it back at no cost
 
 
@@ -49,8 +51,8 @@ class Item:
 
 class Stacks:
     """The stacks of one optimizer, and the scratch memory that they share: no part of the state, a few times the size of the largest
-    matrix, or of STACK_VALUES values where that is more, and as much again where matrices are stepped in lanes. On a card it is free for
-    activations between steps.
+    matrix, or of a stack where that is more, and as much again where matrices are stepped in lanes. On a card it is free for activations
+    between steps.
 
     Attributes:
         of: parameter -> the stack that its state is a view of; built anew from the state when absent.
@@ -80,13 +82,13 @@ class Stacks:
         found: dict[str, dict[str, float]] = {}
         for same in small.values():
             step_group(same[0].place.group, [item.param for item in same], [item.grad for item in same], states)
-        jobs: dict[int, list[list[Item]]] = {}  # by the number of lanes
+        groups: dict[int, list[list[Item]]] = {}  # by the number of lanes
         for same in large.values():
             param = same[0].param
-            beside = lanes.count(param.device) if prod(matrix_shape(param.shape)) >= LARGE else 1
-            each = max(1, min(_most_values(same[0]) // param.numel(), len(same) // beside))
-            jobs.setdefault(beside, []).extend(same[first : first + each] for first in range(0, len(same), each))
-        for beside, stacks in jobs.items():
+            groups.setdefault(lanes.count(param.device) if prod(matrix_shape(param.shape)) >= LARGE else 1, []).append(same)
+        for beside, alike in groups.items():
+            counts = lanes.divide(tuple((len(same), same[0].param.numel(), _most(same[0])) for same in alike), beside)
+            stacks = [list(islice(members, count)) for members, parts in zip(map(iter, alike), counts, strict=True) for count in parts]
             steps = [partial(self._step_stack, self._stack(items, states), items, states, watching) for items in stacks]
             for part in lanes.run(steps, [sum(item.param.numel() for item in items) for items in stacks], beside):
                 found |= part
@@ -135,8 +137,8 @@ class Stacks:
         return stack
 
 
-def _most_values(item: Item) -> int:
-    """Of a stack: twice as many where no more than bfloat16 of them is held together, which is half of the float32 workspace.
+def _most(item: Item) -> int:
+    """How many like it may be in one stack: more where no more than bfloat16 of them is held together, and little else is.
 
     Gradients that are read as they lie are converted one at a time, and with an error in four bits H is formed in bfloat16.
     """
@@ -148,9 +150,10 @@ def _most_values(item: Item) -> int:
         or not native.ready(device)
         or not in_halves(matrix_shape(item.param.shape), device, group["matmul"])
     ):
-        return STACK_VALUES
+        return max(1, STACK_VALUES // item.param.numel())
     coded = plan.error == "codec" and group["matmul"] != "int8" and isinstance(codecs.get(plan.error_codec), FourBit)
-    return 2 * STACK_VALUES if coded or (plan.error == "none" and not group["maximize"]) else STACK_VALUES
+    rough = coded or (plan.error == "none" and not group["maximize"])
+    return max(1, (ROUGH if rough else 1) * STACK_VALUES // item.param.numel())
 
 
 def as_matrices(tensor: Tensor) -> list[Tensor]:
