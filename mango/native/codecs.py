@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mango.native.jit import PAIRS, TILE, compiled, scratch
-from mango.native.tables import BINS, HALF_BINS, LANES, MIDDLE_BIN, PERMUTES, look_up_codes, look_up_levels
+from mango.native.tables import BINS, HALF_BINS, MIDDLE_BIN, PERMUTES, WIDTH, look_up_codes, look_up_levels
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ZERO, ONE, TINY, INFINITE = np.float32(0.0), np.float32(1.0), np.float32(1e-38), np.float32(np.inf)
@@ -144,11 +144,11 @@ def nearest(unit: Array, thresholds: Array, order: Array, edges: Array, lower: A
     unit: (n,) float32; edges, lower, upper: as ``tabulate`` left them; found: uint8, for as many codes; pairs: (n / 2,) uint8 or less,
     written.
     """
-    whole = pairs.size // LANES if edges.size else 0
+    whole = pairs.size // WIDTH if edges.size else 0
     for k in range(whole):
-        look_up_codes(unit, 2 * LANES * k, edges, lower, upper, pairs, LANES * k)
-    if LANES * whole < pairs.size:
-        _search(unit[2 * LANES * whole :], thresholds, order, found, pairs[LANES * whole :])
+        look_up_codes(unit, 2 * WIDTH * k, edges, lower, upper, pairs, WIDTH * k)
+    if WIDTH * whole < pairs.size:
+        _search(unit[2 * WIDTH * whole :], thresholds, order, found, pairs[WIDTH * whole :])
 
 
 @compiled
@@ -183,7 +183,7 @@ def decode_nibbles(first: int, last: int, codes: Array, scales: Array, block: in
 
     pairs: (256,) float64, whose 8 bytes are two levels; out: see ``store``.
     """
-    wide, bits, levels = scratch(PAIRS, np.float64), scratch(TILE, np.int32), scratch(LANES, np.float32)
+    wide, bits, levels = scratch(PAIRS, np.float64), scratch(TILE, np.int32), scratch(WIDTH, np.float32)
     level, values = wide.view(np.float32), bits.view(np.float32)
     single(pairs, levels)
     piece = min(block, TILE)
@@ -210,10 +210,10 @@ def expand(codes: Array, pairs: Array, levels: Array, wide: Array) -> None:
     """wide (n,) float64 = the pairs of levels of codes (n,) uint8, apart from what is done with them: a look-up in all pairs, unlike one in
     sixteen levels, has no vector instruction."""
     level = wide.view(np.float32)
-    whole = codes.size // LANES if PERMUTES else 0
+    whole = codes.size // WIDTH if PERMUTES else 0
     for k in range(whole):
-        look_up_levels(codes, LANES * k, levels, level, 2 * LANES * k)
-    for k in range(LANES * whole, codes.size):
+        look_up_levels(codes, WIDTH * k, levels, level, 2 * WIDTH * k)
+    for k in range(WIDTH * whole, codes.size):
         wide[k] = pairs[codes[k]]
 
 

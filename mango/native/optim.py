@@ -11,7 +11,7 @@ import numpy as np
 
 from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, expand, largest, look_up, nearest, single, store, tabulate
 from mango.native.jit import PAIRS, TILE, as_float, compiled, scratch, summing
-from mango.native.tables import BINS, LANES
+from mango.native.tables import BINS, WIDTH
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BAND = 64  # rows whose columns are summed together
@@ -27,7 +27,7 @@ def compensate(
     g: (n,) float32, whole blocks; out: (n,), float32 as int32, or int16 for the upper halves, rounded to bfloat16.
     """
     wide, bits = scratch(PAIRS, np.float64), scratch(TILE, np.int32)
-    levels, factors = scratch(LANES, np.float32), scratch(TILE, np.float32)
+    levels, factors = scratch(WIDTH, np.float32), scratch(TILE, np.float32)
     level, sums = wide.view(np.float32), bits.view(np.float32)
     single(pairs, levels)
     for begin in range(first * block, last * block, TILE):

@@ -19,8 +19,8 @@ _NUMBA: Any = config
 PERMUTES = bool(
     _NUMBA.CPU_NAME is None and _NUMBA.CPU_FEATURES is None and _NUMBA.ENABLE_AVX and binding.get_host_cpu_features().get("avx512f")
 )
-LANES = 16  # values of 32 bits in a register
-BINS = 2 * LANES  # of [-1, 1]: entries of a table in two registers
+WIDTH = 16  # values of 32 bits in a register
+BINS = 2 * WIDTH  # of [-1, 1]: entries of a table in two registers
 HALF_BINS, MIDDLE_BIN = np.float32(14.0), np.float32(16.0)  # bin of v: HALF_BINS v + MIDDLE_BIN, rounded down; within for |v| up to 8/7
 BYTE, WORD, FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
@@ -30,7 +30,7 @@ def _many(kind: Any, *values: float) -> Any:
 
 
 def _one(kind: Any, value: float) -> Any:
-    return _many(kind, *[value] * LANES)
+    return _many(kind, *[value] * WIDTH)
 
 
 def _address(context: Any, builder: Any, array: Any, kind: Any, place: Any, vector: Any) -> Any:
@@ -38,7 +38,7 @@ def _address(context: Any, builder: Any, array: Any, kind: Any, place: Any, vect
     return builder.bitcast(builder.gep(make_array(kind)(context, builder, array).data, [place]), vector.as_pointer())
 
 
-def _load(context: Any, builder: Any, array: Any, kind: Any, place: Any, item: Any, count: int = LANES) -> Any:
+def _load(context: Any, builder: Any, array: Any, kind: Any, place: Any, item: Any, count: int = WIDTH) -> Any:
     value = builder.load(_address(context, builder, array, kind, place, ir.VectorType(item, count)))
     value.align = 1
     return value
@@ -61,11 +61,11 @@ def _levels(typing_context: Any, codes: Any, place: Any, levels: Any, out: Any, 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if PERMUTES:
             (codes, place, levels, out, to), kinds = arguments, signature.args
-            pairs = builder.zext(_load(context, builder, codes, kinds[0], place, BYTE), ir.VectorType(WORD, LANES))
+            pairs = builder.zext(_load(context, builder, codes, kinds[0], place, BYTE), ir.VectorType(WORD, WIDTH))
             table = _load(context, builder, levels, kinds[2], 0, FLOAT)
             upper = _permute(builder, builder.lshr(pairs, _one(WORD, 4)), table)
             lower = _permute(builder, builder.and_(pairs, _one(WORD, 15)), table)
-            order = _many(WORD, *(place for k in range(LANES) for place in (k, LANES + k)))
+            order = _many(WORD, *(at for k in range(WIDTH) for at in (k, WIDTH + k)))
             _store(context, builder, builder.shuffle_vector(upper, lower, order), out, kinds[3], to)
         return context.get_dummy_value()
 
@@ -83,19 +83,19 @@ def _codes(typing_context: Any, values: Any, place: Any, edges: Any, lower: Any,
         if PERMUTES:
             (values, place, edges, lower, upper, out, to), kinds = arguments, signature.args
             tables = [
-                [_load(context, builder, array, kind, half, item) for half in (0, LANES)]
+                [_load(context, builder, array, kind, half, item) for half in (0, WIDTH)]
                 for array, kind, item in zip((edges, lower, upper), kinds[2:5], (FLOAT, WORD, WORD), strict=True)
             ]
-            both = _load(context, builder, values, kinds[0], place, FLOAT, 2 * LANES)
+            both = _load(context, builder, values, kinds[0], place, FLOAT, 2 * WIDTH)
             codes = []
             for first in (0, 1):
-                v = builder.shuffle_vector(both, both, _many(WORD, *range(first, 2 * LANES, 2)))
+                v = builder.shuffle_vector(both, both, _many(WORD, *range(first, 2 * WIDTH, 2)))
                 scaled = builder.fadd(builder.fmul(v, _one(FLOAT, float(HALF_BINS))), _one(FLOAT, float(MIDDLE_BIN)))
-                at = builder.fptosi(scaled, ir.VectorType(WORD, LANES))
+                at = builder.fptosi(scaled, ir.VectorType(WORD, WIDTH))
                 edge, below, above = (_permute(builder, at, *table) for table in tables)
                 codes.append(builder.select(builder.fcmp_ordered(">", v, edge), above, below))
             pairs = builder.or_(builder.shl(codes[0], _one(WORD, 4)), codes[1])
-            _store(context, builder, builder.trunc(pairs, ir.VectorType(BYTE, LANES)), out, kinds[5], to)
+            _store(context, builder, builder.trunc(pairs, ir.VectorType(BYTE, WIDTH)), out, kinds[5], to)
         return context.get_dummy_value()
 
     return types.void(values, types.intp, edges, lower, upper, out, types.intp), generate
