@@ -286,13 +286,24 @@ def test_large_but_finite_gradients_are_not_mistaken_for_infinite_ones() -> None
     assert bool(param.isfinite().all())
 
 
-def test_small_tensors_and_groups_without_a_plan_are_adamw() -> None:
-    ours = [matrix(), nn.Parameter(gaussian((30, 20), (1,))), nn.Parameter(torch.ones(()))]
+@pytest.mark.parametrize("turned", [False, True])  # torch's fused kernel, and what takes its place where a matrix does not lie row by row
+@pytest.mark.parametrize("maximize", [False, True])
+def test_small_tensors_and_groups_without_a_plan_are_adamw(turned: bool, maximize: bool) -> None:
+    start = matrix().detach()
+    ours = [
+        nn.Parameter(start.mT.contiguous().mT if turned else start),
+        nn.Parameter(gaussian((30, 20), (1,))),
+        nn.Parameter(torch.ones(())),
+    ]
+    assert ours[0].is_contiguous() != turned
     theirs = [nn.Parameter(param.detach().clone()) for param in ours]
-    one = Mango(ours, lr=0.01, weight_decay=0.1, plan=None)
-    two = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1)
+    one = Mango(ours, lr=0.01, weight_decay=0.1, plan=None, maximize=maximize)
+    two = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1, maximize=maximize)
     for step in range(5):
         for i, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+            if (i, step) == (1, 2):  # which is a step behind from then on
+                left.grad = right.grad = None
+                continue
             left.grad = right.grad = gaussian((*left.shape, 1), (i, step))[..., 0]
         one.step()
         two.step()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
 
 def step_group(
@@ -47,10 +48,31 @@ def adamw(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    """One step in place, for many tensors in a few kernels (arXiv:1711.05101; the order of operations is torch.optim.AdamW's)."""
+    """One step in place (arXiv:1711.05101): by torch's fused kernel on a CPU where all is float32 as it lies, which reads each value once;
+    elsewhere for many tensors in a few kernels, as the fused one wants moments in the parameters' type.
+    """
     if not params:
         return
     beta1, beta2 = betas
+    if all(_usual(tensor) for tensors in (params, grads, exp_avgs, exp_avg_sqs) for tensor in tensors):
+        counts = torch.tensor([step - 1.0 for step in steps]).unbind()  # which the kernel's caller raises
+        torch_adamw(
+            list(params),
+            list(grads),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            [],
+            list(counts),
+            fused=True,
+            amsgrad=False,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+        )
+        return
     wide = [grad.float() for grad in grads]
     if maximize:
         wide = list(torch._foreach_neg(wide))
@@ -65,3 +87,7 @@ def adamw(
     updates = torch._foreach_div(list(exp_avgs), denominators)
     torch._foreach_mul_(updates, [-lr / (1.0 - beta1**step) for step in steps])
     torch._foreach_add_(list(params), [update.to(param.dtype) for update, param in zip(updates, params, strict=True)])
+
+
+def _usual(tensor: Tensor) -> bool:
+    return type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
