@@ -144,15 +144,14 @@ def _most(item: Item) -> int:
     """
     group, plan, device = item.place.group, item.place.plan, item.param.device
     assert plan is not None
-    if (
-        not plan.residual  # then what is lifted is wanted whole
-        or item.param.dtype != torch.float32
-        or not native.ready(device)
-        or not in_halves(matrix_shape(item.param.shape), device, group["matmul"])
-    ):
-        return max(1, STACK_VALUES // item.param.numel())
     coded = plan.error == "codec" and group["matmul"] != "int8" and isinstance(codecs.get(plan.error_codec), FourBit)
-    rough = coded or (plan.error == "none" and not group["maximize"])
+    rough = (
+        plan.residual  # without it, what is lifted is wanted whole
+        and item.param.dtype == torch.float32
+        and native.ready(device)
+        and in_halves(matrix_shape(item.param.shape), device, group["matmul"])
+        and (coded or (plan.error == "none" and not group["maximize"]))
+    )
     return max(1, (ROUGH if rough else 1) * STACK_VALUES // item.param.numel())
 
 
