@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from math import prod
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,10 @@ class Stacked:
         self.layers, self.shape, self.numel = layers, tuple(shape), prod(shape)
         self.padding = -self.numel % self.codec.block if self.codec.block else 0
         values = self.numel + self.padding
-        on_meta = device.type == "meta"  # sizes are wanted, perhaps of thousands of stacks: there an encoding takes ten milliseconds
-        self.packed: Packed = _like(_sizes(codec, layers, values)) if on_meta else _zeros(codec, layers, values, device)
+        block = 1, self.codec.block or 1
+        # sizes alone are often wanted, perhaps of thousands of stacks
+        zeros = _sizes(codec, *block) if device.type == "meta" else _zeros(codec, *block, device)
+        self.packed: Packed = _filled(_sizes(codec, layers, values), zeros)
 
     def read(self, out: Tensor | None = None) -> Tensor:
         """The decoded tensor (layers, *shape), float32; written into a contiguous ``out`` when given, float32 or bfloat16."""
@@ -74,8 +77,14 @@ def _sizes(codec: str, layers: int, values: int) -> Packed:
     return _zeros(codec, layers, values, torch.device("meta"))
 
 
-def _like(packed: Packed) -> Packed:
-    """The same payload in tensors of its own."""
-    return replace(
-        packed, parts={name: _like(part) if isinstance(part, Packed) else torch.empty_like(part) for name, part in packed.parts.items()}
-    )
+def _filled(sizes: Packed, content: Packed) -> Packed:
+    """A payload of these sizes and this content, zeros that every block holds alike: to encode them all would take as long as a step."""
+    parts: dict[str, Tensor | Packed] = {}
+    for name, part in sizes.parts.items():
+        one = content.parts[name]
+        if isinstance(part, Packed):
+            parts[name] = _filled(part, cast(Packed, one))
+        else:
+            one = cast(Tensor, one).view(-1)[:1]
+            parts[name] = torch.empty_like(part, device=one.device).copy_(one.expand(part.shape))
+    return replace(sizes, parts=parts)

@@ -22,3 +22,8 @@ class Workspace:
         if held is None or held.numel() < values:
             held = self._held[purpose, dtype] = torch.empty(values, dtype=dtype, device=self.device)
         return held[:values].view(shape)
+
+    def match(self, other: Workspace) -> None:
+        """Make room for whatever the other one has room for."""
+        for (purpose, dtype), held in other._held.items():
+            self.take(purpose, (held.numel(),), dtype).zero_()  # which makes the pages, too

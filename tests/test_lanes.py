@@ -185,6 +185,7 @@ def test_a_step_in_lanes_is_the_step_on_one_thread(error: str, monkeypatch: pyte
     monkeypatch.setattr(lanes, "_work", lambda waiting, *rest: (used.append(length_hint(waiting)), work(waiting, *rest))[1])
     made, params = optimizer({"error": error})
     made.observe()
+    used.clear()  # of what the optimizer rehearsed
     steps(made, params, 0, 3)
     assert used == [2] * 3 and set(made.diagnostics()) == {"w0", "w1", "w2", "w3"}
     again, same = optimizer({"error": error})

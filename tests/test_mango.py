@@ -285,6 +285,16 @@ def test_large_but_finite_gradients_are_not_mistaken_for_infinite_ones() -> None
     assert bool(param.isfinite().all())
 
 
+@pytest.mark.parametrize("codec, shape", itertools.product(codecs.REGISTRY, [(5, 7), (65, 130)]))
+def test_a_new_stack_holds_what_zeros_are_encoded_as(codec: str, shape: tuple[int, ...]) -> None:
+    stack = Stacked(codec, 3, shape, torch.device("cpu"))
+    whole = stack.codec.encode(torch.zeros(3, stack.numel + stack.padding), generator=counter_generator((1,)))
+    assert (stack.packed.kind, stack.packed.shape, stack.packed.dtype) == (whole.kind, whole.shape, whole.dtype)
+    assert stack.packed.numbers == whole.numbers and stack.packed.parts.keys() == whole.parts.keys()
+    assert all(torch.equal(one, two) for one, two in zip(stack.packed.tensors(), whole.tensors(), strict=True))
+    assert float(stack.read().abs().max()) == 0.0
+
+
 @pytest.mark.parametrize("codec, shape", itertools.product(["fp32", "bf16", "int8", "nf4", "int4"], [(5, 7), (64,), (3, 3, 11)]))
 def test_stacked_layers_do_not_share_blocks(codec: str, shape: tuple[int, ...]) -> None:
     stack = Stacked(codec, 3, shape, torch.device("cpu"))

@@ -101,7 +101,7 @@ def test_scratch_memory_is_held_between_steps_on_a_cpu_alone(monkeypatch: pytest
         model = network()
         optimizer = Mango(model.named_parameters(), lr=1e-2, plan=LayerPlan(rank=8))
         train(model, optimizer, range(3))
-        assert len(optimizer._stacks._workspaces) == left
+        assert len(optimizer._stacks.scratch) == left
         results.append([param.detach().clone() for param in model.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 

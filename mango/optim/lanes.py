@@ -42,10 +42,10 @@ def run(jobs: Sequence[Callable[[int], T]], sizes: Sequence[int], lanes: int) ->
     interrupt, which stops the caller's own job where it is, none does.
     """
     order = sorted(range(len(jobs)), key=lambda place: -sizes[place])
-    alone = _alone(tuple(sizes[place] for place in order), lanes) if lanes > 1 else len(jobs)
-    results = {place: jobs[place](0) for place in order[:alone]}
-    if order[alone:]:
-        _work(iter([(place, jobs[place]) for place in order[alone:]]), results, lanes)
+    first = alone(tuple(sizes[place] for place in order), lanes)
+    results = {place: jobs[place](0) for place in order[:first]}
+    if order[first:]:
+        _work(iter([(place, jobs[place]) for place in order[first:]]), results, lanes)
     return [results[place] for place in range(len(jobs))]
 
 
@@ -81,8 +81,10 @@ def _even(members: int, into: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def _alone(sizes: tuple[int, ...], lanes: int) -> int:
+def alone(sizes: tuple[int, ...], lanes: int) -> int:
     """How many of the largest are best run on all threads, one by one, before the others; sizes: descending."""
+    if lanes == 1:
+        return len(sizes)
     times = _times(sizes, lanes)
     return times.index(min(times))
 

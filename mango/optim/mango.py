@@ -18,6 +18,7 @@ from mango.optim.guard import Guard
 from mango.optim.options import plan_of, validate
 from mango.optim.plan import LayerPlan, matrix_shape
 from mango.optim.planned import Planned
+from mango.optim.rehearsal import rehearse
 from mango.optim.stacks import Item, Place, Stacks
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class Mango(Planned):
     those of F, and scales P A too. The map H -> PU contracts with T3's certificate in expectation over the scouts. Between steps only P, M,
     sqrt(V), E and the running means are kept, each through the codec that the plan names. Tensors with fewer than two dimensions or 4096
     values, LoRA's factors (known by peft's names) and groups with ``plan=None`` are stepped by plain AdamW with float32 moments.
+
+    On a CPU an optimizer rehearses when it is made: a stand-in for a part of the matrices is stepped, in about the time of a few steps, so
+    that compiled loops are loaded and scratch memory is there before the first step. Once for an installation the loops are compiled then,
+    which takes some seconds.
 
     Sources: GaLore (arXiv:2403.03507) for Adam on a projected gradient, Fira (arXiv:2410.01623) for stepping along the residual,
     Adafactor (arXiv:1804.04235) for its scales, LDAdam (arXiv:2410.16103) for moments that follow the basis and for the kept error,
@@ -143,6 +148,16 @@ class Mango(Planned):
         elif memory_budget is not None:
             self._budget = StateBudget(memory_budget, ledger)
             self.replan()
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Let the first step on a CPU find what it needs."""
+        ours = [
+            Item(param, param, place)
+            for param, place in self._places.items()
+            if place.plan is not None and param.requires_grad and param.device.type == "cpu" and type(param) in (Tensor, torch.nn.Parameter)
+        ]
+        rehearse(self._stacks, ours, singly=self._fused is not None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -252,6 +267,7 @@ class Mango(Planned):
         if any("plan" not in group for group in state_dict["param_groups"]):
             raise ConfigError.of("state_dict", "parameter groups without a plan", "a state that Mango saved")
         asked: list[dict[str, Any]] = [{key: group[key] for key in ASKED if key in group} for group in self.param_groups]
+        scratch = self._stacks.scratch
         super().load_state_dict({**state_dict, "state": {}})
         before = [place.plan for place in self._places.values()]
         for group, own in zip(self.param_groups, asked, strict=True):
@@ -259,6 +275,7 @@ class Mango(Planned):
                 group.pop("plans", None)
                 group.update(own)
         self._prepare()
+        self._stacks.scratch = scratch
         for group in self.param_groups:
             self._register(group)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]

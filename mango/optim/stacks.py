@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,6 +21,7 @@ from mango.optim.plan import LARGE, LayerPlan, matrix_count, matrix_shape
 from mango.products import in_halves, without_autocast
 from mango.workspace import Workspace
 
+Scratch = dict[tuple[torch.device, int], Workspace]  # by device and lane
 State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter
 ROUGH = 4  # times STACK_VALUES: bfloat16 of so many take 32 MiB, and a step of fewer, larger stacks a tenth less time
 HOLDS = ("cpu",)  # devices on which scratch memory is held between steps; others have allocators that give it back at no cost
@@ -43,6 +44,10 @@ class Item:
     grad: Tensor
     place: Place
 
+    def kind(self) -> tuple[Any, ...]:
+        """What it has in common with others that may be stepped together with it."""
+        return id(self.place.group), self.place.plan, self.param.shape, self.param.dtype, self.param.device
+
     def names(self) -> list[str]:
         """Of its matrices."""
         each = matrix_count(self.param.shape)
@@ -56,11 +61,12 @@ class Stacks:
 
     Attributes:
         of: parameter -> the stack that its state is a view of; built anew from the state when absent.
+        scratch: the memory; that of others may be given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch | None = None) -> None:
         self.of: dict[Tensor, LayerStack] = {}
-        self._workspaces: dict[tuple[torch.device, int], Workspace] = {}  # by device and lane
+        self.scratch: Scratch = {} if scratch is None else scratch
 
     def step(self, items: Sequence[Item], states: State, watching: bool) -> dict[str, dict[str, float]]:
         """Step these parameters. Returns the diagnostics by name, when they are watched.
@@ -77,23 +83,23 @@ class Stacks:
             if place.plan is None:
                 small.setdefault((id(place.group), param.device), []).append(item)
             else:
-                step = states[param].get("step", 0)
-                large.setdefault((id(place.group), place.plan, param.shape, param.dtype, param.device, step), []).append(item)
+                large.setdefault((*item.kind(), states[param].get("step", 0)), []).append(item)
         found: dict[str, dict[str, float]] = {}
         for same in small.values():
             step_group(same[0].place.group, [item.param for item in same], [item.grad for item in same], states)
-        groups: dict[int, list[list[Item]]] = {}  # by the number of lanes
-        for same in large.values():
-            param = same[0].param
-            groups.setdefault(lanes.count(param.device) if prod(matrix_shape(param.shape)) >= LARGE else 1, []).append(same)
-        for beside, alike in groups.items():
-            counts = lanes.divide(tuple((len(same), same[0].param.numel(), _most(same[0])) for same in alike), beside)
-            stacks = [list(islice(members, count)) for members, parts in zip(map(iter, alike), counts, strict=True) for count in parts]
-            steps = [partial(self._step_stack, self._stack(items, states), items, states, watching) for items in stacks]
-            for part in lanes.run(steps, [sum(item.param.numel() for item in items) for items in stacks], beside):
+        for beside, stacks in divided(large.values()):
+            steps = [self.job(items, states, watching) for items in stacks]
+            for part in lanes.run(steps, [values(items) for items in stacks], beside):
                 found |= part
-        self._workspaces = {place: held for place, held in self._workspaces.items() if place[0].type in HOLDS}
+        self.scratch = {place: held for place, held in self.scratch.items() if place[0].type in HOLDS}
         return found
+
+    def job(self, items: list[Item], states: State, watching: bool) -> Callable[[int], dict[str, dict[str, float]]]:
+        """What steps these, which are alike, when it is called with the number of a lane."""
+        return partial(self._step_stack, self._stack(items, states), items, states, watching)
+
+    def workspace(self, device: torch.device, lane: int) -> Workspace:
+        return self.scratch.setdefault((device, lane), Workspace(device))
 
     def _step_stack(self, stack: LayerStack, items: list[Item], states: State, watching: bool, lane: int) -> dict[str, dict[str, float]]:
         group, params = items[0].place.group, [item.param for item in items]
@@ -113,9 +119,8 @@ class Stacks:
         matrices = [part for item in items for part in as_matrices(item.param)]
         gradients = [part for item in items for part in as_matrices(item.grad)]
         names = [name for item in items for name in item.names()] if watching else None
-        workspace = self._workspaces.setdefault((stack.device, lane), Workspace(stack.device))
         with without_autocast(params[0]):  # which reaches no lane but the caller's
-            return stack.step(matrices, gradients, hyper, workspace, names)
+            return stack.step(matrices, gradients, hyper, self.workspace(stack.device, lane), names)
 
     def _stack(self, items: list[Item], states: State) -> LayerStack:
         """The stack whose members are exactly these parameters; formed anew, from their states, when the members changed."""
@@ -135,6 +140,24 @@ class Stacks:
             states[item.param] = {"step": state.get("step", 0), **stack.views(number * each, each)}
             self.of[item.param] = stack
         return stack
+
+
+def values(items: Iterable[Item]) -> int:
+    return sum(item.param.numel() for item in items)
+
+
+def divided(alike: Iterable[list[Item]]) -> Iterator[tuple[int, list[list[Item]]]]:
+    """Items as they are stepped, from lists of those that are alike.
+
+    Yields: how many lanes share the stacks, and the items of each.
+    """
+    groups: dict[int, list[list[Item]]] = {}  # by the number of lanes
+    for same in alike:
+        param = same[0].param
+        groups.setdefault(lanes.count(param.device) if prod(matrix_shape(param.shape)) >= LARGE else 1, []).append(same)
+    for beside, lists in groups.items():
+        counts = lanes.divide(tuple((len(same), same[0].param.numel(), _most(same[0])) for same in lists), beside)
+        yield beside, [list(islice(members, count)) for members, parts in zip(map(iter, lists), counts, strict=True) for count in parts]
 
 
 def _most(item: Item) -> int:
