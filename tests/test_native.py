@@ -27,7 +27,7 @@ from mango.native import codecs as bits
 from mango.native import optim as loops
 from mango.native import threads
 from mango.native.jit import compiled
-from mango.native.tables import BINS, PERMUTES
+from mango.native.tables import BINS, PERMUTES, pack_signs
 from mango.optim.guard import Guard
 from mango.products import Product, square_sums, to_bytes, to_bytes_down
 
@@ -160,6 +160,20 @@ def test_the_error_is_decoded_and_added_with_the_bits_of_two_passes() -> None:
             assert same(mine, twin)
 
 
+def test_noted_signs_are_those_of_the_gradients() -> None:
+    buffer = ErrorBuffer("codec", "nf4", 2, (48, 576), CPU)  # a last tile of one block
+    assert buffer.notes_signs() == PERMUTES
+    if not PERMUTES:
+        pytest.skip("signs are packed by AVX-512 alone")
+    grads = gaussian((2, 48, 576), (1,))
+    grads[0, :, ::3], grads[1, 5] = 0.0, -0.0
+    grads[0, 1, 1], grads[1, 2, 2] = 1e-42, -1e-42  # subnormal
+    noted = torch.empty(2, 48, 72, dtype=torch.int16)
+    buffer.compensate(list(grads), torch.empty(2, 48, 576), signs=noted)
+    bits = (noted.view(2, 48, 36, 2, 1) >> torch.arange(16, dtype=torch.int16)) & 1  # (…, of 16 values, below and above, value)
+    assert torch.equal((bits[..., 1, :] - bits[..., 0, :]).view(2, 48, 576), grads.sign().to(torch.int16))
+
+
 @pytest.mark.parametrize("codec", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_pass_that_finds_the_error_stores_it_with_the_bits_of_its_codec(codec: str, dtype: torch.dtype) -> None:
@@ -207,7 +221,7 @@ def test_which_errors_are_stored_by_the_pass_that_finds_them() -> None:
     assert not coded("codec", "int8", 256) and not coded("gradient", "nf4", 64) and not coded("none", "nf4", 64)
 
 
-@pytest.mark.parametrize("cols", [90, 1024, 2100])
+@pytest.mark.parametrize("cols", [90, 1024, 2112])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
 @pytest.mark.parametrize("left_dtype", [torch.float32, torch.bfloat16])
 def test_the_update_is_applied_with_the_bits_of_its_passes(cols: int, dtype: torch.dtype, left_dtype: torch.dtype) -> None:
@@ -220,6 +234,18 @@ def test_the_update_is_applied_with_the_bits_of_its_passes(cols: int, dtype: tor
     ((added, *form),) = plus.split()
     threads.run(loops.apply, 70, cols, w, native.float_bits(left), added, *form, by_row, by_column, g, 1.0, 0.875, 1.6, 0.4)
     assert same(w, expected)
+    if cols % 16 == 0 and PERMUTES:
+        again, noted = gaussian((70, cols), (1,)), torch.empty(70, cols // 8, dtype=torch.int16)
+        threads.run(note, 70, cols, g, noted)
+        threads.run(loops.apply, 70, cols, again, native.float_bits(left), added, *form, by_row, by_column, noted, 1.0, 0.875, 1.6, 0.4)
+        assert same(again, expected)
+
+
+@compiled
+def note(first: int, last: int, g: np.ndarray, signs: np.ndarray) -> None:
+    for i in range(first, last):
+        for k in range(signs.shape[1] // 2):
+            pack_signs(g[i], 16 * k, signs[i], 2 * k)
 
 
 def product(shape: tuple[int, int, int], dtype: torch.dtype) -> Product:

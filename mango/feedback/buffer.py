@@ -42,10 +42,13 @@ class ErrorBuffer:
             raise ConfigError.of("error", kind, "one of " + ", ".join(KINDS))
         self.store = None if kind == "none" else Stacked("fp32" if kind == "gradient" else codec, layers, shape, device)
 
-    def compensate(self, gradients: Sequence[Tensor], out: Tensor, sign: float = 1.0, decay: float = 1.0) -> Tensor:
+    def compensate(
+        self, gradients: Sequence[Tensor], out: Tensor, sign: float = 1.0, decay: float = 1.0, signs: Tensor | None = None
+    ) -> Tensor:
         """H = sign * G + decay * E, written into ``out``: (layers, *shape) contiguous, float32, or bfloat16 where there is ``coded``.
 
-        A gradient may have any shape of the same size.
+        A gradient may have any shape of the same size. signs: where those of the gradients are noted besides, (layers, rows, cols / 8)
+        int16, see ``notes_signs``.
         """
         if self.store is None:
             torch._foreach_copy_(_shaped(out, gradients), list(gradients))
@@ -55,8 +58,9 @@ class ErrorBuffer:
             from mango.native import optim
 
             stored, bits = self.store.parts(), native.float_bits(out)
-            for row, gradient, codes, scales in zip(bits, gradients, stored["codes"], stored["scales"], strict=True):
-                into = (gradient.detach().view(-1), sign, row.view(-1), decay)
+            noted = torch.empty(len(out), 0, dtype=torch.int16) if signs is None else signs
+            for row, gradient, codes, scales, note in zip(bits, gradients, stored["codes"], stored["scales"], noted, strict=True):
+                into = (gradient.detach().view(-1), sign, row.view(-1), decay, note.view(-1))
                 run(optim.compensate, self.store.numel // codec.block, codec.block, codes, scales, codec.block, codec.table(), *into)
             return out
         high = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
@@ -78,6 +82,15 @@ class ErrorBuffer:
             return None
         parts, shape = self.store.parts(), (self.store.layers, *self.store.shape[:-1], -1)
         return FourBits(parts["codes"].view(shape), parts["scales"].view(shape), codec.block, *codec.thresholds())
+
+    def notes_signs(self) -> bool:
+        """Whether ``compensate`` can note signs of float32 gradients as they lie: where there is ``coded`` and the processor packs them."""
+        coded = self.coded()
+        if coded is None or coded.block % 16:
+            return False
+        from mango.native.tables import PERMUTES
+
+        return PERMUTES
 
     def keep(self, error: Tensor, *, generator: torch.Generator | None = None, name: str = "error") -> None:
         """Store E = H - C(H), (layers, *shape)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mango.native.jit import PAIRS, TILE, compiled, scratch
+from mango.native.jit import PAIRS, TILE, compiled, multiply_add, scratch
 from mango.native.tables import BINS, HALF_BINS, MIDDLE_BIN, PERMUTES, WIDTH, look_up_codes, look_up_levels
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -19,6 +19,7 @@ NONE, UNIT, TWO, FOUR, EIGHT = (np.int32(bit) for bit in (0, 1, 2, 4, 8))
 MAGNITUDE, SIGN = np.int32(0x7FFFFFFF), np.int32(31)
 ROUND, HALF = np.int32(0x7FFF), np.int32(16)
 PAIR = np.float32(2.0)
+ENTRIES, SHARE = np.float32(32767.5), np.float32(0.5)  # of the table of mango.codecs.int8: entry of v, from 0 to 2, rounded down
 DRAW, MIDDLE = np.float32(2.0**-16), np.float32(32768.5 * 2.0**-16)  # of mango.codecs.bits.add_uniform
 
 
@@ -60,8 +61,7 @@ def look_up(values: Array, scale: float, table: Array, entry: Array, found: Arra
         v = values[i] * inverse
         v = v if v == v else -ONE
         v = min(max(v, -ONE), ONE) + ONE
-        # the product is exact in float64 and rounded once, as in a fused multiply-add
-        entry[i] = np.int32(np.float32(v * 32767.5 + 0.5))
+        entry[i] = np.int32(multiply_add(v, ENTRIES, SHARE))
     for i in range(values.size):
         found[i] = table[np.uint32(entry[i])]
 

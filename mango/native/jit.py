@@ -75,3 +75,14 @@ def _of_bits(typing_context: Any, bits: Any) -> Any:
 
 as_float: Any = intrinsic(_of_bits)
 """as_float(bits) in a loop: the float32 of these bits, int32."""
+
+
+def _fused(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+multiply_add: Any = intrinsic(_fused)
+"""multiply_add(a, b, c) in a loop: a b + c, float32, rounded once."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, expand, largest, look_up, nearest, single, store, tabulate
 from mango.native.jit import PAIRS, TILE, as_float, compiled, scratch, summing
-from mango.native.tables import BINS, WIDTH
+from mango.native.tables import BINS, WIDTH, pack_signs, unpack_signs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BAND = 64  # rows whose columns are summed together
@@ -20,11 +20,22 @@ BYTE, PER_BYTE, SMALLEST = np.float32(127.0), np.float32(1.0 / 127.0), np.float3
 
 @compiled
 def compensate(
-    first: int, last: int, codes: Array, scales: Array, block: int, pairs: Array, g: Array, sign: float, out: Array, decay: float
+    first: int,
+    last: int,
+    codes: Array,
+    scales: Array,
+    block: int,
+    pairs: Array,
+    g: Array,
+    sign: float,
+    out: Array,
+    decay: float,
+    signs: Array,
 ) -> None:
     """out = decay * decode(codes) + sign * g, blocks ``first`` to ``last``; see ``decode_nibbles``.
 
-    g: (n,) float32, whole blocks; out: (n,), float32 as int32, or int16 for the upper halves, rounded to bfloat16.
+    g: (n,) float32, whole blocks; out: (n,), float32 as int32, or int16 for the upper halves, rounded to bfloat16; signs: (n / 8,) int16,
+    the signs of g as of ``pack_signs``, or without elements.
     """
     wide, bits = scratch(PAIRS, np.float64), scratch(TILE, np.int32)
     levels, factors = scratch(WIDTH, np.float32), scratch(TILE, np.float32)
@@ -38,6 +49,9 @@ def compensate(
             factors[max(b * block - begin, 0) : (b + 1) * block - begin] = scales[b] if scales[b] > TINY else ZERO
         for i in range(grads.size):
             sums[i] = level[i] * factors[i] * decay + sign * grads[i]
+        if signs.size:
+            for k in range(grads.size // WIDTH):
+                pack_signs(grads, WIDTH * k, signs, begin // 8 + 2 * k)
         store(bits, out[begin:end])
 
 
@@ -250,21 +264,49 @@ def apply(
 ) -> None:
     """w = decay w + x (longer where x sign g < 0, else shorter), x = by_row left by_column + plus, rows ``first`` to ``last``.
 
-    w, g: (rows, cols) float32; plus, along, down: as the product of ``missed``; left: likewise, of floats; by_row: (rows,), by_column:
-    (cols,), float32; sign: 1, or -1 where g is ascended.
+    w: (rows, cols) float32; plus, along, down: as the product of ``missed``; left: likewise, of floats; by_row: (rows,), by_column:
+    (cols,), float32; g: (rows, cols) float32, or the signs of that as of ``pack_signs``, (rows, cols / 8) int16; sign: 1, or -1 where g is
+    ascended.
     """
-    high, low = _shift(left), _shift(plus)
+    signs = scratch(TILE, np.float32)
     for i in range(first, last):
-        weights, slope, bits, added, scale = w[i], g[i], left[i], plus[i], by_row[i]
-        if down.size:
-            height = along[i]
-            for j in range(weights.size):
-                x = _float(bits[j], high) * scale * by_column[j] + np.float32(added[j]) * height * down[j]
-                weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
-        else:
-            for j in range(weights.size):
-                x = _float(bits[j], high) * scale * by_column[j] + _float(added[j], low)
-                weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
+        height = along[i] if down.size else ZERO
+        if g.itemsize == 4:
+            _step_row(w[i], left[i], plus[i], height, down, by_row[i], by_column, g[i], sign, decay, longer, shorter)
+            continue
+        for begin in range(0, w.shape[1], TILE):
+            here = slice(begin, min(begin + TILE, w.shape[1]))
+            a, weights, slope = left[i, here], w[i, here], signs[: here.stop - begin]
+            for k in range(slope.size // WIDTH):
+                unpack_signs(g[i], begin // 8 + 2 * k, slope, WIDTH * k)
+            _step_row(weights, a, plus[i, here], height, down[here], by_row[i], by_column[here], slope, sign, decay, longer, shorter)
+
+
+@compiled
+def _step_row(
+    weights: Array,
+    bits: Array,
+    added: Array,
+    height: float,
+    down: Array,
+    scale: float,
+    by_column: Array,
+    slope: Array,
+    sign: float,
+    decay: float,
+    longer: float,
+    shorter: float,
+) -> None:
+    """``apply`` for (part of) a row."""
+    high, low = _shift(bits), _shift(added)
+    if down.size:
+        for j in range(weights.size):
+            x = _float(bits[j], high) * scale * by_column[j] + np.float32(added[j]) * height * down[j]
+            weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
+    else:
+        for j in range(weights.size):
+            x = _float(bits[j], high) * scale * by_column[j] + _float(added[j], low)
+            weights[j] = _stepped(weights[j], x, slope[j] * sign, decay, longer, shorter)
 
 
 @compiled

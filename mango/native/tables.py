@@ -1,6 +1,6 @@
-"""Look-ups in tables of 16 or 32 entries by AVX-512's permutations of registers, which the compiler finds in no loop.
+"""What AVX-512 does in a register and the compiler finds in no loop: look-ups in tables of 16 or 32 entries, and masks for signs.
 
-Two intrinsics for the bodies of compiled loops, behind ``PERMUTES``: where it is False they do nothing. Arrays are contiguous.
+Intrinsics for the bodies of compiled loops, behind ``PERMUTES``: where it is False they do nothing. Arrays are contiguous.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PERMUTES = bool(
 WIDTH = 16  # values of 32 bits in a register
 BINS = 2 * WIDTH  # of [-1, 1]: entries of a table in two registers
 HALF_BINS, MIDDLE_BIN = np.float32(14.0), np.float32(16.0)  # bin of v: HALF_BINS v + MIDDLE_BIN, rounded down; within for |v| up to 8/7
-BYTE, WORD, FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
+BYTE, HALF_WORD, WORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
 def _many(kind: Any, *values: float) -> Any:
@@ -106,3 +106,39 @@ look_up_codes: Any = intrinsic(_codes)
 out[to] on.
 
 values: float32 in [-1, 1]; edges: (BINS,) float32, lower, upper: (BINS,) int32: the codes of a bin's values up to its edge, and beyond."""
+
+
+def _signs(typing_context: Any, values: Any, place: Any, signs: Any, to: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if PERMUTES:
+            (values, place, signs, to), kinds = arguments, signature.args
+            sixteen = _load(context, builder, values, kinds[0], place, FLOAT)
+            for half, order in enumerate(("<", ">")):
+                bits = builder.bitcast(builder.fcmp_ordered(order, sixteen, _one(FLOAT, 0.0)), ir.VectorType(HALF_WORD, 1))
+                _store(context, builder, bits, signs, kinds[2], builder.add(to, to.type(half)))
+        return context.get_dummy_value()
+
+    return types.void(values, types.intp, signs, types.intp), generate
+
+
+pack_signs: Any = intrinsic(_signs)
+"""pack_signs(values, place, signs, to) in a loop: which of the 16 values from values[place] on are below zero is written to signs[to], a
+bit for each, and which are above to signs[to + 1]. values: float32; signs: int16."""
+
+
+def _unpacked(typing_context: Any, signs: Any, place: Any, out: Any, to: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if PERMUTES:
+            (signs, place, out, to), kinds = arguments, signature.args
+            found = _one(FLOAT, 0.0)
+            for half, value in enumerate((-1.0, 1.0)):
+                bits = _load(context, builder, signs, kinds[0], builder.add(place, place.type(half)), HALF_WORD, 1)
+                found = builder.select(builder.bitcast(bits, ir.VectorType(ir.IntType(1), WIDTH)), _one(FLOAT, value), found)
+            _store(context, builder, found, out, kinds[2], to)
+        return context.get_dummy_value()
+
+    return types.void(signs, types.intp, out, types.intp), generate
+
+
+unpack_signs: Any = intrinsic(_unpacked)
+"""unpack_signs(signs, place, out, to) in a loop: -1, 0 or 1 for each of 16 values of ``pack_signs``, from out[to] on, float32."""

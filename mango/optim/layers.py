@@ -115,7 +115,8 @@ class LayerStack:
         """One step of every layer in place. Returns the diagnostics by name, empty unless asked for."""
         generators = [counter_generator(seed, self.device) for seed in hyper.seeds]
         generator = generators[0]  # also for codecs that draw
-        h = self._compensate(grads, hyper, workspace)
+        signs = self._signs(grads, workspace)
+        h = self._compensate(grads, signs, hyper, workspace)
         dtype = torch.bfloat16 if self._halves(hyper) else torch.float32  # of the factors
         a, sums_of_h = self._operand(h, dtype, hyper, workspace)  # (layers, m, n)
 
@@ -143,7 +144,8 @@ class LayerStack:
         whole = not (residual is not None and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations
         for part, rows, step in lift.products(adam, whole):
             along = None if scale is None else (scale[0][part, rows], scale[1][part])
-            self._apply(params[part], grads[part], _band(h, part, rows), along, step, rows, hyper, workspace)
+            noted = None if signs is None else signs[part]
+            self._apply(params[part], grads[part], noted, _band(h, part, rows), along, step, rows, hyper, workspace)
         return found
 
     def _missed(self, h: Tensor, lift: Lift, u: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -160,10 +162,11 @@ class LayerStack:
             raise NonFinite("the error holds NaN, infinity or a value beyond float32")
         return along, down
 
-    def _compensate(self, grads: Sequence[Tensor], hyper: Hyper, workspace: Workspace) -> Tensor | Sequence[Tensor]:
+    def _compensate(self, grads: Sequence[Tensor], signs: Tensor | None, hyper: Hyper, workspace: Workspace) -> Tensor | Sequence[Tensor]:
         """H = G + b E (layers, rows, cols); the gradients themselves where they need neither error, nor sign or conversion.
 
-        In float32; but in bfloat16 where it is multiplied so and what is kept of it is coarser by far, of four bits.
+        In float32; but in bfloat16 where it is multiplied so and what is kept of it is coarser by far, of four bits. signs: where those of
+        the gradients are noted.
         """
         shape, usual = (self.layers, self.rows, self.cols), all(map(plain, grads))
         if self.error.store is None and not hyper.maximize and usual:
@@ -173,7 +176,14 @@ class LayerStack:
                 return [grad.view(self.rows, self.cols) for grad in grads]
         rough = usual and self._halves(hyper) and not self._bytes(hyper) and self.error.coded() is not None
         h = workspace.take("h", shape, torch.bfloat16 if rough else torch.float32)
-        return self.error.compensate(grads, h, -1.0 if hyper.maximize else 1.0, self.plan.error_decay)
+        return self.error.compensate(grads, h, -1.0 if hyper.maximize else 1.0, self.plan.error_decay, signs)
+
+    def _signs(self, grads: Sequence[Tensor], workspace: Workspace) -> Tensor | None:
+        """(layers, rows, cols / 8) for the signs of the gradients, two bits a value, where they are noted while H is formed: to read all of
+        the gradients once more, for the last line of the step, takes longer."""
+        if self.residual is None or not (self.error.notes_signs() and all(map(plain, grads))):
+            return None
+        return workspace.take("signs", (self.layers, self.rows, self.cols // 8), torch.int16)
 
     def _halves(self, hyper: Hyper) -> bool:
         return in_halves((self.rows, self.cols), self.device, hyper.matmul)
@@ -243,6 +253,7 @@ class LayerStack:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
+        signs: Tensor | None,
         left: Tensor | Sequence[Tensor],
         scale: tuple[Tensor, Tensor] | None,
         step: Product,
@@ -252,8 +263,8 @@ class LayerStack:
     ) -> None:
         """W <- (1 - lr weight_decay) W + X (1 + caution down G, else 1 - caution), X = step - lr diag(scale[0]) left diag(scale[1]).
 
-        For these rows of W and G, all of them unless compiled loops do it. left: (layers, rows, cols) float32 or bfloat16; scale:
-        (layers, rows), (layers, cols), or None for zeros. Up G to ascend.
+        For these rows of W and G, all of them unless compiled loops do it. signs: of G, if they were noted; left: (layers, rows, cols)
+        float32 or bfloat16; scale: (layers, rows), (layers, cols), or None for zeros. Up G to ascend.
         """
         decay, caution, sign = 1.0 - hyper.lr * hyper.weight_decay, self.plan.caution, -1.0 if hyper.maximize else 1.0
         if scale is not None:
@@ -262,9 +273,11 @@ class LayerStack:
                 from mango.native import optim
 
                 numbers = (sign, decay, 1.0 + caution, 1.0 - caution)
-                for param, grad, a, plus, along, down in zip(params, grads, left, step.split(), by_row, by_column, strict=True):
-                    weights, g = (tensor.detach().view(self.rows, self.cols)[rows] for tensor in (param, grad))
-                    run(optim.apply, len(weights), self.cols, weights, native.float_bits(a), *plus, along, down, g, *numbers)
+                slopes = [grad.detach().view(self.rows, self.cols) for grad in grads] if signs is None else signs
+                for param, slope, a, plus, along, down in zip(params, slopes, left, step.split(), by_row, by_column, strict=True):
+                    weights = param.detach().view(self.rows, self.cols)[rows]
+                    read = native.float_bits(a), *plus, along, down, slope[rows]
+                    run(optim.apply, len(weights), self.cols, weights, *read, *numbers)
                 return
             left = left if isinstance(left, Tensor) else torch.stack(list(left))
             scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))
