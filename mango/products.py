@@ -19,7 +19,7 @@ from mango.workspace import Workspace
 
 MOST = 1 << 17  # terms of which an int32 holds the sum, each at most 127²
 HALVES_PAY = 1 << 18  # values of a matrix from which products in bfloat16 or int8 are faster than the conversion costs
-CACHED = 1 << 21  # values of a product that are taken at once before they are read: 4 MiB of bfloat16, 8 of int32 sums
+CACHED = 1 << 22  # bytes of a product that are taken at once before they are read
 FEW = 48  # terms of a sum, and fewer, for which bfloat16 is faster than int8, whose sums take twice as long to write and to read
 TINY = 1e-36  # a row without a larger magnitude is taken as zero: the inverse of its scale would overflow
 
@@ -247,10 +247,11 @@ class Lift:
             one, other, scales = factor.mT, self._basis.mT, scales and scales[::-1]
         layers, rows, cols = len(one), one.shape[-2], other.shape[-1]
         kind = torch.int32 if scales else self._basis.dtype
-        if whole or layers * rows * cols <= CACHED:
+        if whole or layers * rows * cols * kind.itemsize <= CACHED:
             yield slice(None), slice(None), Product(matmul(one, other, self._workspace.take("product", (layers, rows, cols), kind)), scales)
             return
-        count = -(-rows // max(16, CACHED // cols))  # of bands of like size: torch 2.13 misreads the strides of a side of one
+        most = max(16, CACHED // (cols * kind.itemsize))  # rows of a band
+        count = -(-rows // most)  # of bands of like size: torch 2.13 misreads the strides of a side of one
         for layer in range(layers):
             here = slice(layer, layer + 1)
             for first, last in pairwise(rows * number // count for number in range(count + 1)):
