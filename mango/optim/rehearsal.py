@@ -19,7 +19,7 @@ def rehearse(stacks: Stacks, items: Sequence[Item], singly: bool) -> None:
     """Step stand-ins for these matrices as a step would step them: compiled loops are loaded then, or compiled where that is still to be
     done, and scratch memory is there. Nothing else is kept.
 
-    Of stacks that are alike the largest is stepped, once: in time and memory this is a part of a step, and of its weights and gradients.
+    Of stacks that are alike the largest is stepped, once, with one matrix in the place of all of its weights, and one of its gradients.
 
     Args:
         stacks: whose scratch memory it is.
@@ -49,9 +49,9 @@ def _step(stacks: Stacks, members: list[list[Item]], lane: int, threads: int) ->
     torch.set_num_threads(threads)
     try:
         for items in kinds.values():
-            params = [item.param for item in items]
-            grads = [gaussian(param.shape, (number,)).to(param.dtype) for number, param in enumerate(params)]
-            stand_ins = [Item(torch.zeros_like(item.param), grad, item.place) for item, grad in zip(items, grads, strict=True)]
+            like = items[0].param
+            weights, grad = torch.zeros_like(like), gaussian(like.shape, (0,)).to(like.dtype)
+            stand_ins = [Item(weights.view_as(weights), grad, item.place) for item in items]  # of one memory
             Stacks(stacks.scratch).job(stand_ins, defaultdict(dict), False)(lane)
     finally:
         torch.set_num_threads(before)
