@@ -121,8 +121,9 @@ def test_codes_that_are_looked_up_are_those_that_are_searched_for(name: str) -> 
     near = [np.nextafter(thresholds, np.float32(far)) for far in (-2.0, 2.0)]
     x = np.concatenate([thresholds, *near, [-1.0, 1.0, 0.0, -0.0], np.linspace(-1.0, 1.0, 10007)]).astype(np.float32)[:10048]
     found, looked_up, searched = (np.zeros(len(x), np.uint8) for _ in range(3))
+    factor, unit = np.full(1, 0.5, np.float32), np.empty_like(x)
     for edges, pairs in ((tables[0][:bins], looked_up), (tables[0][:0], searched)):
-        bits.nearest(x, thresholds, order, edges, *tables[1:], found, pairs[: len(x) // 2])
+        bits.nearest(x / factor, factor, thresholds, order, edges, *tables[1:], unit, found, pairs[: len(x) // 2])
     assert np.array_equal(looked_up, searched) and len(set(searched[: len(x) // 2])) > 15
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mango.native.jit import PAIRS, TILE, compiled, multiply_add, scratch
-from mango.native.tables import BINS, HALF_BINS, MIDDLE_BIN, PERMUTES, WIDTH, look_up_codes, look_up_levels
+from mango.native.tables import BINS, CHUNK, HALF_BINS, MIDDLE_BIN, PERMUTES, WIDTH, largest_of_chunk, look_up_codes, look_up_levels
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ZERO, ONE, TINY, INFINITE = np.float32(0.0), np.float32(1.0), np.float32(1e-38), np.float32(np.inf)
@@ -30,15 +30,19 @@ def absmax(first: int, last: int, bits: Array, block: int, peaks: Array) -> None
     bits: (n,) int32; peaks: (blocks,) int32, written.
     """
     for b in range(first, last):
-        peaks[b] = largest(bits[b * block : (b + 1) * block])
+        peaks[b] = largest(bits, b * block, min((b + 1) * block, bits.size))
 
 
 @compiled
-def largest(bits: Array) -> Any:
+def largest(bits: Array, begin: int, end: int) -> Any:
     """The largest magnitude of one block, as of ``absmax``."""
-    peak = NONE
-    for i in range(bits.size):
-        peak = max(peak, np.int32(bits[i] & MAGNITUDE))
+    peak, whole = NONE, (end - begin) // CHUNK if PERMUTES else 0
+    for k in range(whole):
+        peak = max(peak, largest_of_chunk(bits, begin + CHUNK * k))
+    if begin + CHUNK * whole < end:
+        rest = bits[begin + CHUNK * whole : end]
+        for i in range(rest.size):
+            peak = max(peak, np.int32(rest[i] & MAGNITUDE))
     return peak
 
 
@@ -99,23 +103,21 @@ def encode_nibbles(first: int, last: int, x: Array, scales: Array, block: int, t
     x: (n,) float32; scales: (blocks,) float32, at least 1e-38 where the last block is short; thresholds: (15,) float32, sorted;
     order: (16,) uint8, the code of each interval between them; codes: (ceil(n / 2),) uint8, written.
     """
-    unit, found = scratch(TILE, np.float32), scratch(TILE, np.uint8)
+    unit, found, inverse = scratch(TILE, np.float32), scratch(TILE, np.uint8), scratch(WIDTH, np.float32)
     edges, lower, upper = scratch(BINS, np.float32), scratch(BINS, np.int32), scratch(BINS, np.int32)
     edges = edges[: tabulate(thresholds, order, edges, lower, upper)]
     piece = min(block, TILE)
     for begin in range(first * block, last * block, piece):
         end, b = begin + piece, begin // block
-        scale, whole = max(scales[b], TINY), (b + 1) * block <= x.size
-        inverse = ONE / scale
-        values = x[begin:end]
-        if whole:
-            for i in range(values.size):
-                unit[i] = values[i] * inverse
+        scale, values, into = max(scales[b], TINY), x[begin:end], codes[begin // 2 : end // 2]
+        if (b + 1) * block <= x.size:
+            inverse[0] = ONE / scale
+            nearest(values, inverse[:1], thresholds, order, edges, lower, upper, unit, found, into)
         else:
             for i in range(values.size):
                 unit[i] = values[i] / scale
             unit[values.size : piece] = ZERO  # the value that fills the last byte
-        nearest(unit[:piece], thresholds, order, edges, lower, upper, found, codes[begin // 2 : end // 2])
+            _search(unit[:piece], thresholds, order, found, into)
 
 
 @compiled
@@ -138,22 +140,39 @@ def tabulate(thresholds: Array, order: Array, edges: Array, lower: Array, upper:
 
 
 @compiled
-def nearest(unit: Array, thresholds: Array, order: Array, edges: Array, lower: Array, upper: Array, found: Array, pairs: Array) -> None:
-    """The codes of ``encode_nibbles``.
+def nearest(
+    values: Array,
+    inverse: Array,
+    thresholds: Array,
+    order: Array,
+    edges: Array,
+    lower: Array,
+    upper: Array,
+    unit: Array,
+    found: Array,
+    pairs: Array,
+) -> None:
+    """The codes of ``encode_nibbles`` of whole blocks.
 
-    unit: (n,) float32; edges, lower, upper: as ``tabulate`` left them; found: uint8, for as many codes; pairs: (n / 2,) uint8 or less,
-    written.
+    values: (n,) float32; inverse: (blocks,) float32, what those of a block are multiplied by; edges, lower, upper: as ``tabulate`` left
+    them; unit: float32, found: uint8, for as many values, for scratch; pairs: (n / 2,) uint8, written.
     """
-    whole = pairs.size // WIDTH if edges.size else 0
-    for k in range(whole):
-        look_up_codes(unit, 2 * WIDTH * k, edges, lower, upper, pairs, WIDTH * k)
-    if WIDTH * whole < pairs.size:
-        _search(unit[2 * WIDTH * whole :], thresholds, order, found, pairs[WIDTH * whole :])
+    block = values.size // inverse.size
+    if edges.size and block % (2 * WIDTH) == 0:
+        for b in range(inverse.size):
+            for begin in range(b * block, (b + 1) * block, 2 * WIDTH):
+                look_up_codes(values, begin, inverse[b], edges, lower, upper, pairs, begin // 2)
+        return
+    for b in range(inverse.size):
+        whole, parts, factor = values[b * block : (b + 1) * block], unit[b * block : (b + 1) * block], inverse[b]
+        for j in range(parts.size):
+            parts[j] = whole[j] * factor
+    _search(unit[: values.size], thresholds, order, found, pairs)
 
 
 @compiled
 def _search(unit: Array, thresholds: Array, order: Array, found: Array, pairs: Array) -> None:
-    """``nearest`` where there are no tables."""
+    """``nearest`` where there are no tables: codes of unit (n,) float32; pairs: (n / 2,) uint8 or less, written."""
     halves = found.view(np.uint16)  # the two codes of a byte
     t0, t1, t2, t3, t4, t5, t6, t7 = thresholds[:8]
     t8, t9, t10, t11, t12, t13, t14 = thresholds[8:]

@@ -110,8 +110,9 @@ def missed(
                     store(bits[: end - begin], left[i, begin:end])
                 if codes.shape[0]:
                     peaks = scales[i, begin // block : end // block]
-                    _units(bits[: end - begin], values, peaks, block, inverse[: peaks.size], unit[: end - begin])
-                    nearest(unit[: end - begin], thresholds, order, edges, lower, upper, found, codes[i, begin // 2 : end // 2])
+                    _invert_peaks(bits, block, peaks, inverse)
+                    into = codes[i, begin // 2 : end // 2]
+                    nearest(values, inverse[: peaks.size], thresholds, order, edges, lower, upper, unit, found, into)
             rows[i] = total
 
 
@@ -129,20 +130,16 @@ def _subtract(bits: Array, product: Array, along: Array, row: int, down: Array, 
 
 
 @compiled
-def _units(bits: Array, values: Array, scales: Array, block: int, inverse: Array, unit: Array) -> None:
-    """The largest magnitude of each block, and the values divided by it, as in ``encode_nibbles``. bits: the values as int32.
+def _invert_peaks(bits: Array, block: int, scales: Array, inverse: Array) -> None:
+    """The largest magnitude of each block, and what its values are multiplied by in ``encode_nibbles``. bits: the values as int32.
 
-    In three loops: block by block each product would wait for its division, and that for its search.
+    In two loops, and codes are found in a third: block by block each product would wait for its division, and that for its search.
     """
     peaks = scales.view(np.int32)
     for b in range(peaks.size):
-        peaks[b] = largest(bits[b * block : (b + 1) * block])
-    for b in range(inverse.size):
+        peaks[b] = largest(bits, b * block, (b + 1) * block)
+    for b in range(peaks.size):
         inverse[b] = ONE / max(scales[b], TINY)
-    for b in range(inverse.size):
-        whole, parts, factor = values[b * block : (b + 1) * block], unit[b * block : (b + 1) * block], inverse[b]
-        for j in range(parts.size):
-            parts[j] = whole[j] * factor
 
 
 @compiled
@@ -375,5 +372,5 @@ def moments(
 @compiled
 def _store_bytes(bits: Array, values: Array, table: Array, entry: Array, codes: Array, scales: Array, b: int, block: int) -> None:
     """Block b of a row in bytes. bits: the values as int32."""
-    scales[b : b + 1].view(np.int32)[0] = largest(bits)
+    scales[b : b + 1].view(np.int32)[0] = largest(bits, 0, bits.size)
     look_up(values, scales[b], table, entry, codes[b * block : (b + 1) * block])

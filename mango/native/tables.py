@@ -1,4 +1,5 @@
-"""What AVX-512 does in a register and the compiler finds in no loop: look-ups in tables of 16 or 32 entries, and masks for signs.
+"""What AVX-512 does in a register and the compiler finds in no loop: look-ups in tables of 16 or 32 entries, masks of signs, largest
+magnitudes.
 
 Intrinsics for the bodies of compiled loops, behind ``PERMUTES``: where it is False they do nothing. Arrays are contiguous.
 """
@@ -20,6 +21,7 @@ PERMUTES = bool(
     _NUMBA.CPU_NAME is None and _NUMBA.CPU_FEATURES is None and _NUMBA.ENABLE_AVX and binding.get_host_cpu_features().get("avx512f")
 )
 WIDTH = 16  # values of 32 bits in a register
+CHUNK = 4 * WIDTH
 BINS = 2 * WIDTH  # of [-1, 1]: entries of a table in two registers
 HALF_BINS, MIDDLE_BIN = np.float32(14.0), np.float32(16.0)  # bin of v: HALF_BINS v + MIDDLE_BIN, rounded down; within for |v| up to 8/7
 BYTE, HALF_WORD, WORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
@@ -78,15 +80,17 @@ look_up_levels: Any = intrinsic(_levels)
 codes: uint8, the first of two in the upper half; levels: (16,) float32, by code; out: float32."""
 
 
-def _codes(typing_context: Any, values: Any, place: Any, edges: Any, lower: Any, upper: Any, out: Any, to: Any) -> Any:
+def _codes(typing_context: Any, values: Any, place: Any, factor: Any, edges: Any, lower: Any, upper: Any, out: Any, to: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if PERMUTES:
-            (values, place, edges, lower, upper, out, to), kinds = arguments, signature.args
+            (values, place, factor, edges, lower, upper, out, to), kinds = arguments, signature.args
             tables = [
                 [_load(context, builder, array, kind, half, item) for half in (0, WIDTH)]
-                for array, kind, item in zip((edges, lower, upper), kinds[2:5], (FLOAT, WORD, WORD), strict=True)
+                for array, kind, item in zip((edges, lower, upper), kinds[3:6], (FLOAT, WORD, WORD), strict=True)
             ]
             both = _load(context, builder, values, kinds[0], place, FLOAT, 2 * WIDTH)
+            one = builder.insert_element(ir.Constant(both.type, ir.Undefined), factor, WORD(0))
+            both = builder.fmul(both, builder.shuffle_vector(one, one, _many(WORD, *[0] * 2 * WIDTH)))
             codes = []
             for first in (0, 1):
                 v = builder.shuffle_vector(both, both, _many(WORD, *range(first, 2 * WIDTH, 2)))
@@ -95,17 +99,38 @@ def _codes(typing_context: Any, values: Any, place: Any, edges: Any, lower: Any,
                 edge, below, above = (_permute(builder, at, *table) for table in tables)
                 codes.append(builder.select(builder.fcmp_ordered(">", v, edge), above, below))
             pairs = builder.or_(builder.shl(codes[0], _one(WORD, 4)), codes[1])
-            _store(context, builder, builder.trunc(pairs, ir.VectorType(BYTE, WIDTH)), out, kinds[5], to)
+            _store(context, builder, builder.trunc(pairs, ir.VectorType(BYTE, WIDTH)), out, kinds[6], to)
         return context.get_dummy_value()
 
-    return types.void(values, types.intp, edges, lower, upper, out, types.intp), generate
+    return types.void(values, types.intp, types.float32, edges, lower, upper, out, types.intp), generate
 
 
 look_up_codes: Any = intrinsic(_codes)
-"""look_up_codes(values, place, edges, lower, upper, out, to) in a loop: 32 values from values[place] on as codes, two to a byte, in 16 from
-out[to] on.
+"""look_up_codes(values, place, factor, edges, lower, upper, out, to) in a loop: 32 values from values[place] on, times the factor, as
+codes, two to a byte, in 16 from out[to] on.
 
-values: float32 in [-1, 1]; edges: (BINS,) float32, lower, upper: (BINS,) int32: the codes of a bin's values up to its edge, and beyond."""
+values: float32, in [-1, 1] with the factor; edges: (BINS,) float32, lower, upper: (BINS,) int32: the codes of a bin's values up to its
+edge, and beyond."""
+
+
+def _largest(typing_context: Any, bits: Any, place: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if not PERMUTES:
+            return WORD(0)
+        (bits, place), kinds = arguments, signature.args
+        peak = _one(WORD, 0)
+        for begin in range(0, CHUNK, WIDTH):
+            found = _load(context, builder, bits, kinds[0], builder.add(place, place.type(begin)), WORD)
+            found = builder.and_(found, _one(WORD, 0x7FFFFFFF))
+            peak = builder.select(builder.icmp_signed(">", found, peak), found, peak)
+        reduce = ir.FunctionType(WORD, [peak.type])
+        return builder.call(cgutils.get_or_insert_function(builder.module, reduce, f"llvm.vector.reduce.smax.v{WIDTH}i32"), [peak])
+
+    return types.int32(bits, types.intp), generate
+
+
+largest_of_chunk: Any = intrinsic(_largest)
+"""largest_of_chunk(bits, place) in a loop: the largest magnitude of CHUNK values from bits[place] on, float32 as int32."""
 
 
 def _signs(typing_context: Any, values: Any, place: Any, signs: Any, to: Any) -> Any:
