@@ -59,7 +59,6 @@ def held(optimizer: Mango) -> dict[Any, int]:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("plan", [{}, {"error": "none"}, {"rank": 16, "scaling": "column"}])
 def test_no_loop_is_loaded_in_a_step(plan: dict[str, Any], fused: bool) -> None:
-    pytest.importorskip("numba")
     arguments = [sys.executable, "-c", FOUND, json.dumps([SHAPES, fused, plan])]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
     before, after = map(int, done.stdout.split())

@@ -88,7 +88,7 @@ class ErrorBuffer:
         coded = self.coded()
         if coded is None or coded.block % 16:
             return False
-        from mango.native.tables import PERMUTES
+        from mango.native.registers import PERMUTES
 
         return PERMUTES
 

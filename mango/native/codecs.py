@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mango.native.jit import PAIRS, TILE, compiled, multiply_add, scratch
-from mango.native.tables import BINS, CHUNK, HALF_BINS, MIDDLE_BIN, PERMUTES, WIDTH, largest_of_chunk, look_up_codes, look_up_levels
+from mango.native.registers import BINS, CHUNK, HALF_BINS, MIDDLE_BIN, PERMUTES, WIDTH, largest_of_chunk, look_up_codes, look_up_levels
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ZERO, ONE, TINY, INFINITE = np.float32(0.0), np.float32(1.0), np.float32(1e-38), np.float32(np.inf)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, expand, largest, look_up, nearest, single, store, tabulate
 from mango.native.jit import PAIRS, TILE, as_float, compiled, scratch, summing
-from mango.native.tables import BINS, WIDTH, pack_signs, unpack_signs
+from mango.native.registers import BINS, WIDTH, pack_signs, unpack_signs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BAND = 64  # rows whose columns are summed together
