@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from itertools import pairwise
@@ -86,8 +86,8 @@ class Product(NamedTuple):
     """A product of two factors, in the form that is cheapest to come by.
 
     Attributes:
-        values: (layers, rows, cols) contiguous, in float32 or bfloat16; or sums of products of codes, int32.
-        scales: what the sums are multiplied by, (layers, rows) and (layers, cols); None for floats.
+        values: (layers, rows, cols) contiguous, or (rows, cols) of one layer, in float32 or bfloat16; or sums of products of codes, int32.
+        scales: what the sums are multiplied by, (layers, rows) and (layers, cols), or (rows,) and (cols,); None for floats.
     """
 
     values: Tensor
@@ -102,16 +102,18 @@ class Product(NamedTuple):
             return out.copy_(self.values).mul_(self.scales[0].unsqueeze(-1)).mul_(self.scales[1].unsqueeze(-2))
         from mango.native import optim
 
-        for (sums, *scales), result in zip(self.split(), out, strict=True):
-            run(optim.scaled, *sums.shape, sums, *scales, result)
+        rows, cols = shape = self.values.shape[-2:]
+        along, down = self.scales
+        for each in zip(self.values.view(-1, *shape), along.view(-1, rows), down.view(-1, cols), out.view(-1, *shape), strict=True):
+            run(optim.scaled, rows, cols, *each)
         return out
 
-    def split(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each layer what a compiled loop reads: bits and scales, without elements where there are none."""
-        bits = native.float_bits(self.values)
-        nothing = torch.empty(len(bits), 0)
-        along, down = (nothing, nothing) if self.scales is None else self.scales
-        return zip(bits, along, down, strict=True)
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a compiled loop reads of one layer: bits and scales, without elements where there are none."""
+        return native.float_bits(self.values), *(self.scales or (NO_SCALES, NO_SCALES))
+
+
+Part = tuple[int | slice, slice, Product]  # which layer, or layers, which rows, and their product
 
 
 class FourBits(NamedTuple):
@@ -131,42 +133,62 @@ class FourBits(NamedTuple):
     thresholds: Tensor
     order: Tensor
 
-    def band(self, layers: slice, rows: slice) -> FourBits:
-        return self._replace(codes=self.codes[layers, rows], scales=self.scales[layers, rows])
+    def band(self, layer: int, rows: slice) -> FourBits:
+        return self._replace(codes=self.codes[layer, rows], scales=self.scales[layer, rows])
 
 
-def square_sums(
-    x: Tensor | Sequence[Tensor], minus: Product | None = None, left: Tensor | None = None, coded: FourBits | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sums of the squares of x - minus along each row, (layers, rows), and down each column, (layers, cols).
+NO_SCALES = torch.empty(0, device="cpu")
+NO_PRODUCT = Product(torch.empty(0, 0, device="cpu"))
+NO_CODES = FourBits(torch.empty(0, 0, dtype=torch.uint8, device="cpu"), NO_PRODUCT.values, 64, NO_SCALES, NO_SCALES.byte())
 
-    x: (layers, rows, cols) float32 or bfloat16, perhaps one by one; minus: the same, or None for zeros; left: where x - minus is written,
-    if it is given, contiguous, in float32 or bfloat16, perhaps into x or the floats of minus; coded: where it is stored besides, by the
-    compiled loops alone and where minus is given.
+
+def square_sums(x: Tensor | Sequence[Tensor], left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums of the squares of x along each row, (layers, rows), and down each column, (layers, cols).
+
+    x: (layers, rows, cols) float32 or bfloat16, perhaps one by one; left: where x is written, if it is given, contiguous, in either.
     """
-    assert coded is None or minus is not None
-    if not native.ready(x[0].device):
-        assert coded is None
-        x = (x if isinstance(x, Tensor) else torch.stack(list(x))).float()
-        if minus is not None:
-            x = torch.sub(x, minus.floats(), out=left if left is not None and left.dtype == torch.float32 else None)
-        if left is not None and left is not x:
-            left.copy_(x)
-        return torch.linalg.vector_norm(x, dim=-1).square_(), torch.linalg.vector_norm(x, dim=-2).square_()
+    if native.ready(x[0].device):
+        along, down = _sums(len(x), *x[0].shape)
+        for layer, matrix in enumerate(x):
+            _missed(matrix.contiguous(), NO_PRODUCT, None if left is None else left[layer], NO_CODES, along[layer], down[layer])
+        return along, down.sum(dim=1)
+    x = (x if isinstance(x, Tensor) else torch.stack(list(x))).float()
+    if left is not None:
+        left.copy_(x)
+    return torch.linalg.vector_norm(x, dim=-1).square_(), torch.linalg.vector_norm(x, dim=-2).square_()
+
+
+def subtract(h: Tensor, products: Iterable[Part], coded: FourBits | None = None) -> tuple[Tensor, Tensor]:
+    """h <- h - product for the products of all parts of h (layers, rows, cols), float32 or bfloat16. Returns ``square_sums(h)``.
+
+    coded: where h is stored besides, by the compiled loops alone.
+    """
+    if native.ready(h.device):
+        along, down = _sums(*h.shape)
+        for layer, rows, product in products:
+            assert isinstance(layer, int)
+            bands = slice(rows.start // native.BAND, -(-rows.stop // native.BAND))
+            matrix, into = h[layer, rows], NO_CODES if coded is None else coded.band(layer, rows)
+            _missed(matrix, product, matrix, into, along[layer, rows], down[layer, bands])
+        return along, down.sum(dim=1)
+    assert coded is None
+    for layers, rows, product in products:
+        h[layers, rows] -= product.floats()
+    return square_sums(h)
+
+
+def _sums(layers: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """Room for sums along rows (layers, rows), and down the columns of each band (layers, bands, cols)."""
+    return torch.empty(layers, rows, device="cpu"), torch.empty(layers, -(-rows // native.BAND), cols, device="cpu")
+
+
+def _missed(h: Tensor, product: Product, left: Tensor | None, coded: FourBits, along: Tensor, down: Tensor) -> None:
+    """The loop ``missed`` for (bands of) one layer."""
     from mango.native import optim
 
-    layers, rows, cols = len(x), *x[0].shape
-    bands = -(-rows // optim.BAND)
-    along, down = torch.empty(layers, rows), torch.empty(layers, bands, cols)
-    nothing = torch.empty(layers, 0, cols)
-    others = (Product(nothing) if minus is None else minus).split()
-    into = native.float_bits(nothing if left is None else left)
-    if coded is None:
-        coded = FourBits(nothing.byte(), nothing, 64, nothing[0].view(-1), nothing[0].view(-1).byte())
-    for values, other, by_row, by_band, out, codes, scales in zip(x, others, along, down, into, coded.codes, coded.scales, strict=True):
-        written = (by_row, by_band, out, coded.block, codes, scales, coded.thresholds, coded.order)
-        run(optim.missed, bands, optim.BAND * cols, native.float_bits(values.contiguous()), *other, *written)
-    return along, down.sum(dim=1)
+    into = NO_PRODUCT.values if left is None else left
+    read = native.float_bits(h), *product.read(), along, down, native.float_bits(into)
+    run(optim.missed, len(down), native.BAND * h.shape[-1], *read, coded.block, *coded[:2], *coded[3:])
 
 
 def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -180,11 +202,11 @@ def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) ->
     if native.ready(out.device):
         from mango.native import optim
 
-        bands = -(-rows // optim.BAND)
+        bands = -(-rows // native.BAND)
         scales, along = torch.empty(layers, rows), torch.empty(layers, rows)
         down = torch.empty(layers, bands if summed else 0, cols)
         for values, *written in zip(x, out, scales, along, down, strict=True):
-            run(optim.to_bytes, bands, optim.BAND * cols, native.float_bits(values.contiguous()), *written)
+            run(optim.to_bytes, bands, native.BAND * cols, native.float_bits(values.contiguous()), *written)
         return scales, (along, down.sum(dim=1)) if summed else None
     x = (x if isinstance(x, Tensor) else torch.stack(list(x))).float()
     return _codes(x, -1, out), square_sums(x) if summed else None
@@ -228,13 +250,18 @@ class Lift:
             self._basis = workspace.take("basis codes", tuple(basis.shape), torch.int8)
             self._scales, _ = to_bytes(basis, self._basis)
 
-    def products(self, factor: Tensor, whole: bool) -> Iterator[tuple[slice, slice, Product]]:
-        """P U (layers, m, n), or turned.
+    def times(self, number: float) -> Lift:
+        """Products of the basis times a number, of the same codes if it was rounded to int8."""
+        other = copy(self)
+        if self._scales is None:
+            other._basis = self._basis * number
+        else:
+            other._scales = self._scales * number
+        return other
 
-        Yields:
-            Which layers, which rows, and the product, valid until the next: all at once if it is wanted ``whole`` or fits a cache, and
-            else in bands of a layer's rows that are still in a cache when they are read.
-        """
+    def products(self, factor: Tensor, whole: bool) -> Iterator[Part]:
+        """P U (layers, m, n), or turned: all at once if it is wanted ``whole``; or a layer at a time, and in bands of its rows that are
+        still in a cache when they are read where that does not hold all layers. A product is valid until the next."""
         scales = None
         if self._scales is None:
             factor = factor.to(self._basis.dtype)
@@ -247,18 +274,24 @@ class Lift:
             one, other, scales = factor.mT, self._basis.mT, scales and scales[::-1]
         layers, rows, cols = len(one), one.shape[-2], other.shape[-1]
         kind = torch.int32 if scales else self._basis.dtype
-        if whole or layers * rows * cols * kind.itemsize <= CACHED:
-            yield slice(None), slice(None), Product(matmul(one, other, self._workspace.take("product", (layers, rows, cols), kind)), scales)
+        size = rows * cols * kind.itemsize
+        if whole or layers * size <= CACHED:
+            product = Product(matmul(one, other, self._workspace.take("product", (layers, rows, cols), kind)), scales)
+            if whole:
+                yield slice(None), slice(0, rows), product
+            else:
+                for layer in range(layers):
+                    yield layer, slice(0, rows), Product(product.values[layer], scales and (scales[0][layer], scales[1][layer]))
             return
-        most = max(16, CACHED // (cols * kind.itemsize))  # rows of a band
-        count = -(-rows // most)  # of bands of like size: torch 2.13 misreads the strides of a side of one
+        sums = max(1, rows // native.BAND)  # no band is of few rows: torch 2.13 misreads the strides of a side of one
+        count = min(sums, -(-size // CACHED))
+        ends = [native.BAND * (sums * number // count) for number in range(count)] + [rows]
         for layer in range(layers):
-            here = slice(layer, layer + 1)
-            for first, last in pairwise(rows * number // count for number in range(count + 1)):
-                band = slice(first, last)
-                out = self._workspace.take("product", (1, last - first, cols), kind)
-                matmul(one[layer, band], other[layer], out[0])
-                yield here, band, Product(out, scales and (scales[0][here, band], scales[1][here]))
+            for first, last in pairwise(ends):
+                rows_of = slice(first, last)
+                out = self._workspace.take("product", (last - first, cols), kind)
+                matmul(one[layer, rows_of], other[layer], out)
+                yield layer, rows_of, Product(out, scales and (scales[0][layer, rows_of], scales[1][layer]))
 
 
 class ByteMatrices:

@@ -25,7 +25,7 @@ from mango.native import threads
 from mango.native.jit import compiled
 from mango.native.registers import BINS, PERMUTES, pack_signs
 from mango.optim.guard import Guard
-from mango.products import Product, square_sums, to_bytes, to_bytes_down
+from mango.products import Part, Product, square_sums, subtract, to_bytes, to_bytes_down
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
@@ -190,8 +190,7 @@ def test_the_pass_that_finds_the_error_stores_it_with_the_bits_of_its_codec(code
     twice.keep(h.float() - minus.values)
     coded = once.coded()
     assert coded is not None
-    for rows in (slice(0, 64), slice(64, 130)):  # in bands, as products come
-        square_sums(h[:, rows], Product(minus.values[:, rows]), h[:, rows], coded.band(slice(None), rows))
+    subtract(h, parts_of(minus), coded)
     assert once.store is not None and twice.store is not None
     parts = zip(once.store.parts().values(), twice.store.parts().values(), strict=True)
     assert all(same(a, b) for a, b in parts)
@@ -234,7 +233,8 @@ def test_the_update_is_applied_with_the_bits_of_its_passes(cols: int, dtype: tor
     g[:3] = 0.0
     x = left * by_row[:, None] * by_column + plus.floats()[0]
     expected = w * 0.875 + x * torch.where(x * g < 0, 1.6, 0.4)
-    ((added, *form),) = plus.split()
+    ((_, _, matrix),) = parts_of(plus, 70)
+    added, *form = matrix.read()
     threads.run(loops.apply, 70, cols, w, native.float_bits(left), added, *form, by_row, by_column, g, 1.0, 0.875, 1.6, 0.4)
     assert same(w, expected)
     if cols % 16 == 0 and PERMUTES:
@@ -258,6 +258,19 @@ def product(shape: tuple[int, int, int], dtype: torch.dtype) -> Product:
     if dtype != torch.int32:
         return Product(values.to(dtype))
     return Product((values * 1e4).to(dtype), (gaussian((layers, rows), (5,)) * 1e-2, gaussian((layers, cols), (6,)) * 1e-2))
+
+
+def parts_of(found: Product, band: int = 128) -> list[Part]:
+    """Products of bands of rows, a layer at a time."""
+    layers, rows, _ = found.values.shape
+    parts = []
+    for layer in range(layers):
+        for first in range(0, rows, band):
+            here = slice(first, min(first + band, rows))
+            parts.append(
+                (layer, here, Product(found.values[layer, here], found.scales and (found.scales[0][layer, here], found.scales[1][layer])))
+            )
+    return parts
 
 
 def test_sums_of_codes_are_scaled_alike() -> None:
@@ -297,20 +310,28 @@ def test_rows_become_bytes_alike() -> None:
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(mine[2:], twin[2:], strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
 @pytest.mark.parametrize("rough", [False, True])
-def test_squares_of_what_was_missed_are_summed(dtype: torch.dtype | None, rough: bool) -> None:
+def test_what_is_left_of_a_matrix_is_written_and_its_squares_are_summed(dtype: torch.dtype, rough: bool) -> None:
     x = gaussian((2, 300, 1100), (1,)).to(torch.bfloat16 if rough else torch.float32)
-    exact = x.float() - (0.0 if dtype is None else product((2, 300, 1100), dtype).floats())
-    more = ["bfloat16", *(["product"] if dtype in (torch.float32, torch.bfloat16) else [])]
-    for into in ("nowhere", "anew", *more, "x"):
-        given = None if dtype is None else product((2, 300, 1100), dtype)
-        anew, lower = (torch.empty(x.shape, dtype=kind) for kind in (torch.float32, torch.bfloat16))
-        left = {"nowhere": None, "anew": anew, "bfloat16": lower, "product": given and given.values, "x": x}[into]
-        rows, columns = square_sums(x, given, left)
-        assert torch.allclose(rows, exact.double().square().sum(-1).float(), rtol=1e-5)
-        assert torch.allclose(columns, exact.double().square().sum(-2).float(), rtol=1e-5)
-        assert left is None or torch.equal(left, exact.to(left.dtype))
+    away = product((2, 300, 1100), dtype)
+    exact = x.float() - away.floats()
+    rows, columns = subtract(x, parts_of(away))
+    assert torch.allclose(rows, exact.double().square().sum(-1).float(), rtol=1e-5)
+    assert torch.allclose(columns, exact.double().square().sum(-2).float(), rtol=1e-5)
+    assert torch.equal(x, exact.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("left_dtype", [None, torch.float32, torch.bfloat16])
+def test_squares_are_summed_while_a_matrix_is_converted(dtype: torch.dtype, left_dtype: torch.dtype | None) -> None:
+    x = gaussian((2, 300, 1100), (1,)).to(dtype)
+    left = None if left_dtype is None else torch.empty(x.shape, dtype=left_dtype)
+    for form in (x, list(x)):
+        for rows, columns in both(lambda form=form: square_sums(form, left)):
+            assert torch.allclose(rows, x.double().square().sum(-1).float(), rtol=1e-5)
+            assert torch.allclose(columns, x.double().square().sum(-2).float(), rtol=1e-5)
+            assert left is None or torch.equal(left, x.to(left.dtype))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -16,6 +16,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+BAND = 64  # rows whose columns are summed together: sums are the same for any number of threads
+
 
 def ready(device: torch.device) -> bool:
     """Whether the compiled loops are to be used for tensors on this device."""

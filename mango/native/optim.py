@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from mango.native import BAND
 from mango.native.codecs import HALF, MAGNITUDE, NONE, ONE, TINY, ZERO, expand, largest, look_up, nearest, single, store, tabulate
 from mango.native.jit import PAIRS, TILE, as_float, compiled, scratch, summing
 from mango.native.registers import BINS, WIDTH, pack_signs, unpack_signs
 
 Array = np.ndarray[Any, np.dtype[Any]]
-BAND = 64  # rows whose columns are summed together
 BYTE, PER_BYTE, SMALLEST = np.float32(127.0), np.float32(1.0 / 127.0), np.float32(1e-36)  # of mango.products.to_bytes
 
 

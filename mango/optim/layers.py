@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from mango.optim.diagnose import diagnose
 from mango.optim.moments import Moments
 from mango.optim.plan import PARTS, LayerPlan
 from mango.optim.residual import Residual
-from mango.products import ByteMatrices, Lift, Product, in_bytes, in_halves, matmul, square_sums
+from mango.products import ByteMatrices, Lift, Part, in_bytes, in_halves, matmul, square_sums, subtract
 from mango.stacked import Stacked
 from mango.subspace import Matrix, half_step, power_step, rotation, scout_alpha
 from mango.workspace import Workspace
@@ -30,11 +30,6 @@ STACK_VALUES = 1 << 22  # values of one batched product: 16 MiB of float32 works
 def plain(tensor: Tensor) -> bool:
     """Whether a parameter or gradient is a float32 matrix as it lies, for a compiled loop."""
     return tensor.dtype == torch.float32 and tensor.is_contiguous()
-
-
-def _band(x: Tensor | Sequence[Tensor], layers: slice, rows: slice) -> Tensor | Sequence[Tensor]:
-    """These rows of these layers of x (layers, rows, cols)."""
-    return x[layers, rows] if isinstance(x, Tensor) else [matrix[rows] for matrix in x[layers]]
 
 
 @dataclass(frozen=True)
@@ -129,38 +124,40 @@ class LayerStack:
         found = diagnose(self, torch.stack(list(h)).float(), as_used, exact, u, old, grads, hyper, names) if names else {}
         self.basis.write(as_used)
 
-        integers = self._lifts_in_bytes(hyper)
-        residual, scale, kept = self.residual, None, self.error.store is not None
-        lifted = as_used * -hyper.lr
-        if kept:
-            sums = self._missed(cast(Tensor, h), Lift(basis, self.rows > self.cols, integers, workspace), u, generator)
+        residual, scale = self.residual, None
+        turned, integers = self.rows > self.cols, self._lifts_in_bytes(hyper)
+        if self.error.store is not None:
+            lift = Lift(basis, turned, integers, workspace)
+            sums = self._keep(cast(Tensor, h), lift.products(u, not native.ready(self.device)), generator)
+            lift = lift.times(-hyper.lr)
             scale = None if residual is None else residual.formed(sums, u, adam, hyper)
-        elif residual is not None:  # D = diag(a) (H diag(s) + P (A - U diag(s))): F is not formed, and one product lifts both parts
-            a, s = residual.unformed(sums_of_h if sums_of_h is not None else square_sums(h), exact, u, adam, hyper)
-            adam.addcmul_(u, s.unsqueeze(-2), value=-1.0)
-            lifted.mul_(a.unsqueeze(-1))
-            scale = residual.sides((a, s))
-        lift = Lift(lifted.to(dtype), self.rows > self.cols, integers, workspace)
-        whole = not (residual is not None and native.ready(self.device) and all(map(plain, (*params, *grads))))  # for torch's operations
-        for part, rows, step in lift.products(adam, whole):
-            along = None if scale is None else (scale[0][part, rows], scale[1][part])
-            noted = None if signs is None else signs[part]
-            self._apply(params[part], grads[part], noted, _band(h, part, rows), along, step, rows, hyper, workspace)
+        else:
+            lifted = as_used * -hyper.lr
+            if residual is not None:  # D = diag(a) (H diag(s) + P (A - U diag(s))): F is not formed, and one product lifts both parts
+                a, s = residual.unformed(sums_of_h if sums_of_h is not None else square_sums(h), exact, u, adam, hyper)
+                adam.addcmul_(u, s.unsqueeze(-2), value=-1.0)
+                lifted.mul_(a.unsqueeze(-1))
+                scale = residual.sides((a, s))
+            lift = Lift(lifted.to(dtype), turned, integers, workspace)
+        compiled = scale is not None and native.ready(self.device) and all(map(plain, (*params, *grads)))
+        products = lift.products(adam, not compiled)
+        if scale is not None:
+            scale = scale[0] * -hyper.lr, scale[1]
+        if compiled:
+            self._apply_compiled(params, grads if signs is None else signs, h, cast(Any, scale), products, hyper)
+        else:
+            self._apply(params, grads, h, scale, next(products)[2].floats(), hyper, workspace)
         return found
 
-    def _missed(self, h: Tensor, lift: Lift, u: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _keep(self, h: Tensor, products: Iterable[Part], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """H <- H - PU (layers, rows, cols), which is also kept. Returns ``square_sums`` of it."""
         coded = self.error.coded()
-        along, down = torch.empty(h.shape[:2], device=self.device), torch.zeros(len(h), self.cols, device=self.device)
-        for part, rows, product in lift.products(u, not native.ready(self.device)):
-            into = None if coded is None else coded.band(part, rows)
-            along[part, rows], sums = square_sums(h[part, rows], product, h[part, rows], into)
-            down[part] += sums
+        sums = subtract(h, products, coded)
         if coded is None:
             self.error.keep(h, generator=generator)
         elif not all_finite(coded.scales.view(-1)):
             raise NonFinite("the error holds NaN, infinity or a value beyond float32")
-        return along, down
+        return sums
 
     def _compensate(self, grads: Sequence[Tensor], signs: Tensor | None, hyper: Hyper, workspace: Workspace) -> Tensor | Sequence[Tensor]:
         """H = G + b E (layers, rows, cols); the gradients themselves where they need neither error, nor sign or conversion.
@@ -253,37 +250,23 @@ class LayerStack:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        signs: Tensor | None,
         left: Tensor | Sequence[Tensor],
         scale: tuple[Tensor, Tensor] | None,
-        step: Product,
-        rows: slice,
+        step: Tensor,
         hyper: Hyper,
         workspace: Workspace,
     ) -> None:
-        """W <- (1 - lr weight_decay) W + X (1 + caution down G, else 1 - caution), X = step - lr diag(scale[0]) left diag(scale[1]).
+        """W <- (1 - lr weight_decay) W + X (1 + caution down G, else 1 - caution), X = step + diag(scale[0]) left diag(scale[1]).
 
-        For these rows of W and G, all of them unless compiled loops do it. signs: of G, if they were noted; left: (layers, rows, cols)
-        float32 or bfloat16; scale: (layers, rows), (layers, cols), or None for zeros. Up G to ascend.
+        left: (layers, rows, cols) float32 or bfloat16; scale: (layers, rows) and (layers, cols), or None for zeros; step: (layers, rows,
+        cols), overwritten. Up G to ascend.
         """
         decay, caution, sign = 1.0 - hyper.lr * hyper.weight_decay, self.plan.caution, -1.0 if hyper.maximize else 1.0
+        change = step
         if scale is not None:
-            by_row, by_column = scale[0] * -hyper.lr, scale[1]
-            if native.ready(self.device) and all(plain(tensor) for tensor in (*params, *grads)):
-                from mango.native import optim
-
-                numbers = (sign, decay, 1.0 + caution, 1.0 - caution)
-                slopes = [grad.detach().view(self.rows, self.cols) for grad in grads] if signs is None else signs
-                for param, slope, a, plus, along, down in zip(params, slopes, left, step.split(), by_row, by_column, strict=True):
-                    weights = param.detach().view(self.rows, self.cols)[rows]
-                    read = native.float_bits(a), *plus, along, down, slope[rows]
-                    run(optim.apply, len(weights), self.cols, weights, *read, *numbers)
-                return
             left = left if isinstance(left, Tensor) else torch.stack(list(left))
-            scaled = torch.mul(left, by_row.unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))
-            change = scaled.mul_(by_column.unsqueeze(-2)).add_(step.floats())
-        else:
-            change = step.floats()
+            scaled = torch.mul(left, scale[0].unsqueeze(-1), out=workspace.take("scaled", tuple(left.shape)))
+            change = scaled.mul_(scale[1].unsqueeze(-2)).add_(step)
         if caution:
             slope = workspace.take("h", tuple(change.shape))  # H is no longer needed
             torch._foreach_copy_([row.view(grad.shape) for row, grad in zip(slope.unbind(0), grads, strict=True)], list(grads))
@@ -292,6 +275,27 @@ class LayerStack:
         if decay != 1.0:
             torch._foreach_mul_(list(params), decay)
         torch._foreach_add_(list(params), [d.view(param.shape).to(param.dtype) for d, param in zip(change.unbind(0), params, strict=True)])
+
+    def _apply_compiled(
+        self,
+        params: Sequence[Tensor],
+        slopes: Tensor | Sequence[Tensor],
+        left: Tensor | Sequence[Tensor],
+        scale: tuple[Tensor, Tensor],
+        products: Iterable[Part],
+        hyper: Hyper,
+    ) -> None:
+        """``_apply`` by a compiled loop, in the bands in which the products come. slopes: gradients, or their signs if they were noted."""
+        from mango.native import optim
+
+        caution, shape = self.plan.caution, (self.rows, self.cols)
+        numbers = -1.0 if hyper.maximize else 1.0, 1.0 - hyper.lr * hyper.weight_decay, 1.0 + caution, 1.0 - caution
+        weights = [param.detach().view(shape) for param in params]
+        slopes = slopes if isinstance(slopes, Tensor) else [grad.detach().view(shape) for grad in slopes]
+        for layer, rows, product in products:
+            assert isinstance(layer, int)
+            read = native.float_bits(left[layer][rows]), *product.read(), scale[0][layer, rows], scale[1][layer], slopes[layer][rows]
+            run(optim.apply, rows.stop - rows.start, self.cols, weights[layer][rows], *read, *numbers)
 
     def certified(self, hyper: Hyper) -> float:
         """``contraction``, or 0 when products are taken in bfloat16 or int8: rounding them errs by 2^-9 ‖H‖ and more, its own order."""
