@@ -76,7 +76,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None and a.dtype == torch.bfloat16 and a.stride(-1) != 1 and a[0].numel() > b[0].numel():
         return matmul(b.mT, a.mT).mT
     if out is None:
-        out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.int32 if a.dtype == torch.int8 else a.dtype)
+        kind = torch.int32 if a.dtype == torch.int8 else a.dtype
+        out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=kind, device=a.device)
     for one, other, result in zip(a, b, out, strict=True):
         multiply(one, other, out=result)
     return out
@@ -203,8 +204,8 @@ def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) ->
         from mango.native import optim
 
         bands = -(-rows // native.BAND)
-        scales, along = torch.empty(layers, rows), torch.empty(layers, rows)
-        down = torch.empty(layers, bands if summed else 0, cols)
+        scales, along = (torch.empty(layers, rows, device="cpu") for _ in range(2))
+        down = torch.empty(layers, bands if summed else 0, cols, device="cpu")
         for values, *written in zip(x, out, scales, along, down, strict=True):
             run(optim.to_bytes, bands, native.BAND * cols, native.float_bits(values.contiguous()), *written)
         return scales, (along, down.sum(dim=1)) if summed else None
@@ -219,7 +220,7 @@ def to_bytes_down(x: Tensor, out: Tensor) -> Tensor:
         return _codes(x, -2, out)
     from mango.native import optim
 
-    scales = torch.empty(layers, cols)
+    scales = torch.empty(layers, cols, device="cpu")
     for values, codes, peaks in zip(x.contiguous(), out, scales, strict=True):
         run(optim.to_bytes_down, -(-cols // optim.TILE), optim.TILE * rows, values, values.view(torch.int32), codes, peaks)
     return scales
@@ -283,15 +284,15 @@ class Lift:
                 for layer in range(layers):
                     yield layer, slice(0, rows), Product(product.values[layer], scales and (scales[0][layer], scales[1][layer]))
             return
-        sums = max(1, rows // native.BAND)  # no band is of few rows: torch 2.13 misreads the strides of a side of one
-        count = min(sums, -(-size // CACHED))
-        ends = [native.BAND * (sums * number // count) for number in range(count)] + [rows]
+        least = max(1, rows // native.BAND)  # the last takes what is left, so none is of few rows: torch 2.13 misreads a side of one
+        count = min(least, -(-size // CACHED))
+        ends = [native.BAND * (least * number // count) for number in range(count)] + [rows]
         for layer in range(layers):
             for first, last in pairwise(ends):
-                rows_of = slice(first, last)
+                band = slice(first, last)
                 out = self._workspace.take("product", (last - first, cols), kind)
-                matmul(one[layer, rows_of], other[layer], out)
-                yield layer, rows_of, Product(out, scales and (scales[0][layer, rows_of], scales[1][layer]))
+                matmul(one[layer, band], other[layer], out)
+                yield layer, band, Product(out, scales and (scales[0][layer, band], scales[1][layer]))
 
 
 class ByteMatrices:
@@ -339,6 +340,6 @@ class ByteMatrices:
         sums = workspace.take("sums", shape, torch.int32)
         matmul(*((a.mT, codes.mT) if across else (codes, a)), out=sums)
         own = (own if over is None else own / over) * self._largest
-        other = self._scales if apart else torch.ones(len(codes), cols)
+        other = self._scales if apart else torch.ones(len(codes), cols, device=codes.device)
         product = Product(sums, (other, own) if across else (own, other)).floats(workspace.take(purpose, shape))
         return product.mT if across else product

@@ -195,7 +195,7 @@ class Subspace:
         scouts: int = 1,
         batch: Sequence[int] = (),
         seed: int = 0,
-        device: torch.device | str | None = None,
+        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if dim < 1:

@@ -168,7 +168,7 @@ def decode_compiled(
     loop: Callable[..., None], codes: Tensor, zeros: Tensor, scales: Tensor, block: int, bits: int, table: Tensor, into: Tensor
 ) -> None:
     """into (n,) = level * scale + zero by the compiled loop; zeros, scales: (groups,) float32; table: as ``half_table``, of the levels."""
-    values = into if into.dtype == torch.float32 else torch.empty(into.numel())
+    values = into if into.dtype == torch.float32 else torch.empty(into.numel(), device=into.device)
     run(loop, len(scales), block, codes, zeros, scales, block, bits, table, values)
     if values is not into:
         into.copy_(values)
@@ -177,7 +177,7 @@ def decode_compiled(
 @cache
 def half_table(bits: int) -> Tensor:
     """What the compiled loop looks up: the two codes of a byte (four bits) or of half a byte (two), as the 8 bytes of one float64."""
-    code = torch.arange(1 << 2 * bits)
+    code = torch.arange(1 << 2 * bits, device="cpu")
     return torch.stack([code >> bits, code & (2**bits - 1)], dim=1).to(torch.float32).view(torch.float64).view(-1)
 
 

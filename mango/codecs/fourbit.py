@@ -54,14 +54,16 @@ def _bins(thresholds: Sequence[float], codes: Sequence[int], device: torch.devic
         edge.append(thresholds[passed] if inside else inf)
         code += [codes[passed], codes[passed + inside]]
         passed += inside
-    upper = torch.nextafter(torch.tensor(edge, dtype=torch.float32), torch.tensor(inf))  # equality goes to the lower side
-    return Bins(k, torch.tensor(k + 1.5, device=device), upper.to(device), torch.tensor(code, dtype=torch.uint8, device=device))
+    upper = torch.nextafter(
+        torch.tensor(edge, dtype=torch.float32, device=device), torch.tensor(inf, device=device)
+    )  # equality goes to the lower side
+    return Bins(k, torch.tensor(k + 1.5, device=device), upper, torch.tensor(code, dtype=torch.uint8, device=device))
 
 
 @cache
 def _midpoints(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Decision thresholds (15,) float32, sorted, and the code of each interval between them, uint8 (16,); levels by code."""
-    level = torch.tensor(levels, dtype=torch.float32)
+    level = torch.tensor(levels, dtype=torch.float32, device="cpu")
     order = torch.argsort(level)  # puts the two zeros of FP4 in the order that they have in bitsandbytes
     return (level[order[:-1]] + level[order[1:]]) / 2, order.to(torch.uint8)
 
@@ -84,7 +86,7 @@ class Gaps(NamedTuple):
 @cache
 def _gaps(levels: tuple[float, ...], device: torch.device) -> Gaps:
     """Levels by code."""
-    level, code = torch.tensor(levels, dtype=torch.float32).sort()
+    level, code = torch.tensor(levels, dtype=torch.float32, device="cpu").sort()
     bins = _bins(level[1:-1].unique().tolist(), level[:-1].unique(return_counts=True)[1].cumsum(0).sub(1).tolist(), device)
     return Gaps(bins, level.to(device), code.to(torch.uint8).to(device))
 

@@ -28,17 +28,17 @@ def dynamic_map(device: torch.device = CPU) -> Tensor:
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device=CPU)
         means = (edges[:-1] + edges[1:]) / 2.0
         levels += (10.0 ** (exponent - 6) * means).tolist() + (-(10.0 ** (exponent - 6)) * means).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32).to(device)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 
 @cache
 def code_table(device: torch.device = CPU) -> Tensor:
     """The code of the level nearest to -1 + 2 i / 65535, uint8 (65536,)."""
     levels = dynamic_map()
-    value = -1.0 + (2.0 * torch.arange(TABLE, dtype=torch.float32)) / (TABLE - 1)
+    value = -1.0 + (2.0 * torch.arange(TABLE, dtype=torch.float32, device=CPU)) / (TABLE - 1)
     return torch.searchsorted(0.5 * (levels[:-1] + levels[1:]), value).to(torch.uint8).to(device)
 
 

@@ -107,7 +107,7 @@ class LRQ(Compressor):
         """Eight bytes that stand for the scouts, (1,)."""
         if generator is None:
             self.directions.draws += 1
-            return torch.tensor([self.directions.seed * 0x1_0000_0000 + self.directions.draws])
+            return torch.tensor([self.directions.seed * 0x1_0000_0000 + self.directions.draws], device="cpu")
         return torch.empty(1, dtype=torch.int64, device=device).random_(generator=generator)
 
     def _used(self, parts: Mapping[str, Tensor | Packed], scouts: int) -> Tensor:

@@ -58,7 +58,7 @@ class ErrorBuffer:
             from mango.native import optim
 
             stored, bits = self.store.parts(), native.float_bits(out)
-            noted = torch.empty(len(out), 0, dtype=torch.int16) if signs is None else signs
+            noted = torch.empty(len(out), 0, dtype=torch.int16, device=out.device) if signs is None else signs
             for row, gradient, codes, scales, note in zip(bits, gradients, stored["codes"], stored["scales"], noted, strict=True):
                 into = (gradient.detach().view(-1), sign, row.view(-1), decay, note.view(-1))
                 run(optim.compensate, self.store.numel // codec.block, codec.block, codes, scales, codec.block, codec.table(), *into)

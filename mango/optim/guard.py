@@ -35,7 +35,7 @@ class Guard:
             # norms, for which a card has one kernel; in float32 those of large values overflow, and count as not finite
             norms = torch._foreach_norm([grads[place] for place in places], dtype=torch.float32)
             finite = torch.stack(norms).isfinite()  # (len(places),)
-            verdict = torch.empty(len(places), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            verdict = torch.empty(len(places), dtype=torch.bool, device="cpu", pin_memory=True).copy_(finite, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
             self._pending.append((verdict, event, [names[place] for place in places]))

@@ -241,7 +241,9 @@ class LayerStack:
         Every fourth row of a tall matrix, whose rows may be heads or parts of a fused projection one after another, and columns side by
         side of a wide one: both are multiplied where they lie. One draw serves all layers of a step, however they are stacked.
         """
-        part = int(torch.randint(PARTS, (1,), generator=counter_generator(hyper.seeds[0][:2])))  # on the host, which needs the answer
+        part = int(
+            torch.randint(PARTS, (1,), generator=counter_generator(hyper.seeds[0][:2]), device="cpu")
+        )  # on the host, which needs the answer
         if self.rows > self.cols:
             return slice(part, None, PARTS)
         return slice(self.large * part // PARTS, self.large * (part + 1) // PARTS)

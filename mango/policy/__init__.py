@@ -9,6 +9,8 @@ from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mango.registry import Registry
 
 if TYPE_CHECKING:
@@ -58,4 +60,5 @@ def controller_for(policy: Policy | str, every: int, budget: int | float | str |
     from mango.policy.controller import Controller
 
     limit = None if budget is None else parse_budget(budget, sum(map(prod, shapes.values())), field="memory_budget")
-    return Controller(REGISTRY.get(policy) if isinstance(policy, str) else policy, every, limit)
+    with torch.device("cpu"):  # whatever torch's default is: policies look at a few numbers
+        return Controller(REGISTRY.get(policy) if isinstance(policy, str) else policy, every, limit)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from math import log
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mango.errors import ConfigError
 from mango.optim.accounting import layer_nbytes
 from mango.optim.plan import LayerPlan
@@ -96,8 +98,10 @@ class Controller:
             optimizer.set_plan(name, plans[name])
 
     def _decide(self, optimizer: Mango, diagnostics: Diagnostics) -> None:
-        self.seen = self.look(optimizer, diagnostics, self._world(optimizer.param_groups[0]))
-        self.apply(optimizer, self.seen, self.policy.decide(self.seen))
+        with torch.device("cpu"):  # where policies are, whatever torch's default is
+            self.seen = self.look(optimizer, diagnostics, self._world(optimizer.param_groups[0]))
+            choice = self.policy.decide(self.seen)
+        self.apply(optimizer, self.seen, choice)
 
     def _world(self, group: dict[str, Any]) -> dict[str, float | None]:
         """The signals as features; what the next decision compares them with is kept in the group."""
