@@ -98,7 +98,7 @@ class Product(NamedTuple):
         """The product in float32, or as it is in bfloat16; sums are scaled into ``out`` if it is given, float32."""
         if self.scales is None:
             return self.values
-        out = torch.empty(self.values.shape, device=self.values.device) if out is None else out
+        out = torch.empty(self.values.shape, device=self.values.device, dtype=torch.float32) if out is None else out
         if not native.ready(out.device):
             return out.copy_(self.values).mul_(self.scales[0].unsqueeze(-1)).mul_(self.scales[1].unsqueeze(-2))
         from mango.native import optim
@@ -138,8 +138,8 @@ class FourBits(NamedTuple):
         return self._replace(codes=self.codes[layer, rows], scales=self.scales[layer, rows])
 
 
-NO_SCALES = torch.empty(0, device="cpu")
-NO_PRODUCT = Product(torch.empty(0, 0, device="cpu"))
+NO_SCALES = torch.empty(0, device="cpu", dtype=torch.float32)
+NO_PRODUCT = Product(torch.empty(0, 0, device="cpu", dtype=torch.float32))
 NO_CODES = FourBits(torch.empty(0, 0, dtype=torch.uint8, device="cpu"), NO_PRODUCT.values, 64, NO_SCALES, NO_SCALES.byte())
 
 
@@ -180,7 +180,12 @@ def subtract(h: Tensor, products: Iterable[Part], coded: FourBits | None = None)
 
 def _sums(layers: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """Room for sums along rows (layers, rows), and down the columns of each band (layers, bands, cols)."""
-    return torch.empty(layers, rows, device="cpu"), torch.empty(layers, -(-rows // native.BAND), cols, device="cpu")
+    return _floats(layers, rows), _floats(layers, -(-rows // native.BAND), cols)
+
+
+def _floats(*shape: int) -> Tensor:
+    """What a compiled loop writes, whatever torch's default type and device are."""
+    return torch.empty(shape, device="cpu", dtype=torch.float32)
 
 
 def _missed(h: Tensor, product: Product, left: Tensor | None, coded: FourBits, along: Tensor, down: Tensor) -> None:
@@ -204,8 +209,7 @@ def to_bytes(x: Tensor | Sequence[Tensor], out: Tensor, summed: bool = False) ->
         from mango.native import optim
 
         bands = -(-rows // native.BAND)
-        scales, along = (torch.empty(layers, rows, device="cpu") for _ in range(2))
-        down = torch.empty(layers, bands if summed else 0, cols, device="cpu")
+        scales, along, down = _floats(layers, rows), _floats(layers, rows), _floats(layers, bands if summed else 0, cols)
         for values, *written in zip(x, out, scales, along, down, strict=True):
             run(optim.to_bytes, bands, native.BAND * cols, native.float_bits(values.contiguous()), *written)
         return scales, (along, down.sum(dim=1)) if summed else None
@@ -220,7 +224,7 @@ def to_bytes_down(x: Tensor, out: Tensor) -> Tensor:
         return _codes(x, -2, out)
     from mango.native import optim
 
-    scales = torch.empty(layers, cols, device="cpu")
+    scales = _floats(layers, cols)
     for values, codes, peaks in zip(x.contiguous(), out, scales, strict=True):
         run(optim.to_bytes_down, -(-cols // optim.TILE), optim.TILE * rows, values, values.view(torch.int32), codes, peaks)
     return scales
@@ -340,6 +344,6 @@ class ByteMatrices:
         sums = workspace.take("sums", shape, torch.int32)
         matmul(*((a.mT, codes.mT) if across else (codes, a)), out=sums)
         own = (own if over is None else own / over) * self._largest
-        other = self._scales if apart else torch.ones(len(codes), cols, device=codes.device)
+        other = self._scales if apart else torch.ones(len(codes), cols, device=codes.device, dtype=torch.float32)
         product = Product(sums, (other, own) if across else (own, other)).floats(workspace.take(purpose, shape))
         return product.mT if across else product

@@ -69,7 +69,7 @@ class Stacked:
 
 
 def _zeros(codec: str, layers: int, values: int, device: torch.device) -> Packed:
-    return codecs.get(codec).encode(torch.zeros(layers, values, device=device))
+    return codecs.get(codec).encode(torch.zeros(layers, values, device=device, dtype=torch.float32))
 
 
 @cache

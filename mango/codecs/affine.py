@@ -168,7 +168,7 @@ def decode_compiled(
     loop: Callable[..., None], codes: Tensor, zeros: Tensor, scales: Tensor, block: int, bits: int, table: Tensor, into: Tensor
 ) -> None:
     """into (n,) = level * scale + zero by the compiled loop; zeros, scales: (groups,) float32; table: as ``half_table``, of the levels."""
-    values = into if into.dtype == torch.float32 else torch.empty(into.numel(), device=into.device)
+    values = into if into.dtype == torch.float32 else torch.empty(into.numel(), device=into.device, dtype=torch.float32)
     run(loop, len(scales), block, codes, zeros, scales, block, bits, table, values)
     if values is not into:
         into.copy_(values)

@@ -111,7 +111,7 @@ class AbsmaxCodec(Codec):
         for lo, hi, width, first, last in parts(flat.numel(), block, codes.device, compiled is not None):
             if compiled is not None:
                 direct = flat.dtype in (torch.float32, torch.bfloat16)
-                values = flat[lo:hi] if direct else torch.empty(hi - lo, device=flat.device)
+                values = flat[lo:hi] if direct else torch.empty(hi - lo, device=flat.device, dtype=torch.float32)
                 stored = codes[lo * self.bits // 8 : -(-hi * self.bits // 8)]
                 written = (scales[first:last], block, self.table(), native.float_bits(values))
                 run(self._decode_loop(compiled), last - first, block, stored, *written)

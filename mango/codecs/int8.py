@@ -69,7 +69,7 @@ class Int8(AbsmaxCodec):
                 x = flat[lo:hi].to(torch.float32)
                 run(compiled.encode_bytes, last - first, self.block, x, scales[first:last], self.block, table, codes[lo:hi])
             return
-        half = torch.tensor(0.5, device=flat.device)
+        half = torch.tensor(0.5, device=flat.device, dtype=torch.float32)
         for lo, hi, width, first, last in parts(flat.numel(), self.block, flat.device):
             v = flat[lo:hi].to(torch.float32).view(-1, width) * (1.0 / scales[first:last]).unsqueeze(1)
             # reciprocals of zero and of subnormal scales are infinite: bitsandbytes ends in entry 0 at 0 * inf and clamps the rest to +-1

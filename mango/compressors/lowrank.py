@@ -96,7 +96,7 @@ class Directions:
     def draw(self, g: Tensor, columns: int, generator: torch.Generator | None) -> Tensor:
         """Gaussian (D, columns), fresh at every call."""
         if generator is not None:
-            return torch.randn(g.shape[0], columns, generator=generator, device=g.device)
+            return torch.randn(g.shape[0], columns, generator=generator, device=g.device, dtype=torch.float32)
         self.draws += 1
         return gaussian((g.shape[0], columns), (self.seed, self.draws), g.device)
 

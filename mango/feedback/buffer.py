@@ -63,7 +63,7 @@ class ErrorBuffer:
                 into = (gradient.detach().view(-1), sign, row.view(-1), decay, note.view(-1))
                 run(optim.compensate, self.store.numel // codec.block, codec.block, codes, scales, codec.block, codec.table(), *into)
             return out
-        high = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
+        high = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device, dtype=torch.float32)
         self.store.read(high)
         if decay != 1.0:
             high.mul_(decay)

@@ -185,7 +185,7 @@ def _computes_linear(module: nn.Linear) -> bool:
     weight = module.weight
     if weight.is_meta:
         return False
-    x = torch.linspace(-1.0, 1.0, PROBE_TOKENS * module.in_features, device=weight.device).view(PROBE_TOKENS, -1)
+    x = torch.linspace(-1.0, 1.0, PROBE_TOKENS * module.in_features, device=weight.device, dtype=torch.float32).view(PROBE_TOKENS, -1)
     for dtype in dict.fromkeys((weight.dtype, torch.float32)):
         probe = x.to(dtype)
         try:

@@ -47,7 +47,7 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     One scale for a tensor, from the tensor itself, as in arXiv:2209.05433 but without a history of earlier steps.
     """
-    scale = x.abs().amax().float() / torch.finfo(dtype).max if x.numel() else torch.ones((), device=x.device)
+    scale = x.abs().amax().float() / torch.finfo(dtype).max if x.numel() else torch.ones((), device=x.device, dtype=torch.float32)
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)  # of zeros
     return (x * scale.reciprocal()).to(dtype).contiguous(), scale
 

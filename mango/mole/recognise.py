@@ -39,13 +39,13 @@ def mlp(module: nn.Module) -> Pattern | None:
         return None
     generator = torch.Generator().manual_seed(0)
     weights = {
-        name: torch.empty(p.shape, device="cpu").uniform_(-1, 1, generator=generator) / p.shape[-1] ** 0.5
+        name: torch.empty(p.shape, device="cpu", dtype=torch.float32).uniform_(-1, 1, generator=generator) / p.shape[-1] ** 0.5
         for name, p in module.named_parameters()
     }
     for names in permutations(linears):
         if not _fits([linears[name] for name in names]):
             continue
-        x = torch.empty(PROBE_TOKENS, linears[names[0]].in_features, device="cpu").uniform_(-5, 5, generator=generator)
+        x = torch.empty(PROBE_TOKENS, linears[names[0]].in_features, device="cpu", dtype=torch.float32).uniform_(-5, 5, generator=generator)
         try:
             with torch.no_grad():
                 found = functional_call(module, weights, (x,))

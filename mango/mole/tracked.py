@@ -37,12 +37,16 @@ class Products:
 
     def right(self, x: Tensor) -> Tensor:
         """Gᵀ x for x (small, k), (large, k) float32."""
-        total = sum((right.mT @ (left @ x.to(left.dtype)) for left, right in self.pairs), torch.zeros((), device=x.device)).float()
+        total = sum(
+            (right.mT @ (left @ x.to(left.dtype)) for left, right in self.pairs), torch.zeros((), device=x.device, dtype=torch.float32)
+        ).float()
         return total if self.carried is None else total + self.carried[1].mT @ (self.carried[0].mT @ x)
 
     def left(self, z: Tensor) -> Tensor:
         """G z for z (large, k), (small, k) float32."""
-        total = sum((left.mT @ (right @ z.to(right.dtype)) for left, right in self.pairs), torch.zeros((), device=z.device)).float()
+        total = sum(
+            (left.mT @ (right @ z.to(right.dtype)) for left, right in self.pairs), torch.zeros((), device=z.device, dtype=torch.float32)
+        ).float()
         return total if self.carried is None else total + self.carried[0] @ (self.carried[1] @ z)
 
     def gram(self, x: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ class LayerStack:
         """
         fresh, half = self.rank if hyper.step == 1 else self.scouts, self.power == "half"
         shape = (fresh, self.large) if half else (self.small, fresh)
-        scouts = torch.stack([torch.randn(shape, generator=generator, device=self.device) for generator in generators])
+        scouts = torch.stack([torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32) for generator in generators])
         if half:
             return half_step(a, scouts if fresh == self.rank else torch.cat([mean[:, : self.rank - fresh], scouts], dim=-2))
         if self.power == "sampled":

@@ -75,7 +75,7 @@ class Moments:
         m, v = (native.float_bits(moment.view(rows, large)) for moment in turned)
         codec = self.first.codec
         coded = isinstance(codec, Int8) and not (codec.double_quant or large % codec.block or optim.TILE % codec.block)
-        nothing, stores = torch.empty(0, large, device=self.device), (self.first, self.root)
+        nothing, stores = torch.empty(0, large, device=self.device, dtype=torch.float32), (self.first, self.root)
         if coded:
             mean = root = nothing
             codes = [store.parts()[name].view(rows, -1) for store in stores for name in ("codes", "scales")]

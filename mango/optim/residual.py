@@ -47,7 +47,7 @@ class Residual:
             along, down, bound = self._factored(sums, adam, hyper)
             return along * bound, down
         scale = self._column(self.sides(sums)[1], square_sums(u)[1], adam)
-        return self.sides((torch.ones(self.layers, self.small, device=self.device), scale))
+        return self.sides((torch.ones(self.layers, self.small, device=self.device, dtype=torch.float32), scale))
 
     def unformed(self, sums: tuple[Tensor, Tensor], exact: Tensor, u: Tensor, adam: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
         """Scales a, s of D = diag(a) (P A + F diag(s)), (layers, m) and (layers, n), for an F that is not at hand.
@@ -62,7 +62,7 @@ class Residual:
         along, across = (side.clamp_max(HUGE) for side in self.sides(sums))
         if not self.means:
             scale = self._column((across - captured).clamp_min_(0.0), captured if u is exact else square_sums(u)[1], adam)
-            return torch.ones(self.layers, self.small, device=self.device), scale
+            return torch.ones(self.layers, self.small, device=self.device, dtype=torch.float32), scale
         along = torch.maximum(along, FAINT * along.mean(dim=-1, keepdim=True))
         missed = torch.maximum(across - captured, FAINT * across)  # (layers, n)
         share = missed.sum(dim=-1, keepdim=True) / across.sum(dim=-1, keepdim=True).clamp_min(1e-30)

@@ -9,8 +9,6 @@ from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mango.registry import Registry
 
 if TYPE_CHECKING:
@@ -57,8 +55,8 @@ def controller_for(policy: Policy | str, every: int, budget: int | float | str |
     Raises: ConfigError for an unknown name, or options that are not legal.
     """
     from mango.policy.budget import parse_budget
-    from mango.policy.controller import Controller
+    from mango.policy.controller import Controller, torch_defaults
 
     limit = None if budget is None else parse_budget(budget, sum(map(prod, shapes.values())), field="memory_budget")
-    with torch.device("cpu"):  # whatever torch's default is: policies look at a few numbers
+    with torch_defaults():
         return Controller(REGISTRY.get(policy) if isinstance(policy, str) else policy, every, limit)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import log
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
     from mango.optim.mango import Mango
 
 SIGNALS = ("loss", "progress", "seconds", "watts")
+
+
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Inside, tensors are made on the CPU in float32, as policies expect, whatever a script has made torch's defaults."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class Controller:
@@ -98,7 +111,7 @@ class Controller:
             optimizer.set_plan(name, plans[name])
 
     def _decide(self, optimizer: Mango, diagnostics: Diagnostics) -> None:
-        with torch.device("cpu"):  # where policies are, whatever torch's default is
+        with torch_defaults():
             self.seen = self.look(optimizer, diagnostics, self._world(optimizer.param_groups[0]))
             choice = self.policy.decide(self.seen)
         self.apply(optimizer, self.seen, choice)

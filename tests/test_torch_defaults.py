@@ -1,4 +1,4 @@
-"""Scripts set torch's default device, often to a card, or build models on the meta device: what is on the CPU is still worked on there.
+"""Scripts set torch's default device, often to a card, and its default type, often to bfloat16: neither is that of what a step works on.
 
 The meta device stands for any that is not the CPU. In processes of their own, as tables are made once for each.
 """
@@ -22,7 +22,8 @@ from mango.draws import gaussian
 from mango.mole import MoleConfig, convert
 
 torch.set_default_device(sys.argv[1])
-cpu = torch.device("cpu")
+torch.set_default_dtype(getattr(torch, sys.argv[2]))
+usual = {"device": "cpu", "dtype": torch.float32}
 say = lambda name, *found: print(name, sha256(b"".join(x.detach().numpy().tobytes() for x in found)).hexdigest())
 
 x = gaussian((64, 300), (0,))
@@ -51,9 +52,19 @@ for option in options:
         optimizer.step()
     say(option, *params)
 
+
+class MLP(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(64, 96, bias=False, **usual), torch.nn.Linear(96, 64, bias=False, **usual)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu().square())
+
+
 for store in ("int4", "int2", "nf4", "sketch"):
     for gradient in ("formed", "factored"):
-        model = torch.nn.Sequential(torch.nn.Linear(64, 96, device=cpu), torch.nn.GELU(), torch.nn.Linear(96, 64, device=cpu))
+        model = torch.nn.Sequential(MLP(), torch.nn.RMSNorm(64, elementwise_affine=False), torch.nn.Linear(64, 64, **usual))
         for index, param in enumerate(model.parameters()):
             param.data = gaussian(param.shape, (3, index)) / 8
         torch.manual_seed(0)  # stores that round at random draw from the global generator
@@ -64,11 +75,11 @@ for store in ("int4", "int2", "nf4", "sketch"):
 """
 
 
-@pytest.mark.parametrize("native", ["1", "0"])
-def test_what_is_on_the_cpu_is_worked_on_there_whatever_torch_s_default_is(native: str) -> None:
+@pytest.mark.parametrize(("native", "dtype"), [("1", "bfloat16"), ("0", "float64")])
+def test_neither_torch_s_default_device_nor_its_default_type_changes_a_bit(native: str, dtype: str) -> None:
     found = []
-    for device in ("cpu", "meta"):
-        command = [sys.executable, "-W", "error", "-c", SCRIPT, device]
+    for defaults in (("cpu", "float32"), ("meta", dtype)):
+        command = [sys.executable, "-W", "error", "-c", SCRIPT, *defaults]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MANGO_NATIVE": native}, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(done.stdout.splitlines())
