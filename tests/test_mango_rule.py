@@ -176,3 +176,29 @@ def test_what_a_sample_leaves_out_is_seen_later(shape: tuple[int, int]) -> None:
     seen = [energy for energy in energies if energy > 0.999]
     assert all(energy < 0.2 for energy in energies if energy not in seen) and 4 <= len(seen) <= 18
     assert found["certified"] == pytest.approx(scout_alpha(64, 4, 1) / 4) and sum(energies) / 40 >= found["certified"]
+
+
+def test_the_default_plan_leaves_heads_of_classifiers_to_plain_adamw_and_others_are_obeyed() -> None:
+    """Their few rows follow no normalisation, and Mango's long steps would follow the noise of their batches."""
+    shapes = {
+        "head": (10, 512),
+        "head as convolution": (10, 512, 1, 1),
+        "wide": (64, 512),
+        "embedding": (512, 10),
+        "convolution": (32, 64, 3, 3),
+    }
+    named = [(name, nn.Parameter(gaussian(shape, (index,)))) for index, (name, shape) in enumerate(shapes.items())]
+    for plan, left in ((LayerPlan(), {"head", "head as convolution"}), (LayerPlan(rank=0.25), set()), (None, set(shapes))):
+        optimizer = Mango(named, lr=0.01, plan=plan)
+        assert {name for name, found in optimizer.plans().items() if found is None} == left
+        assert {name for name, found in optimizer.own_plans().items() if found is None} == left
+    optimizer, other = (Mango(named, lr=0.01) for _ in range(2))
+    optimizer.set_plan("head", LayerPlan())  # whoever asks for it by name has it, also after loading
+    for _, param in named:
+        param.grad = gaussian(param.shape, (9,))
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    assert optimizer.plans()["head"] == other.plans()["head"] == LayerPlan()
+    assert other.nbytes() == optimizer.nbytes()
+    budgeted = Mango(named, lr=0.01, memory_budget="8 bytes/param")
+    assert budgeted.plans()["head"] is None and budgeted.nbytes() <= 8 * sum(param.numel() for _, param in named)

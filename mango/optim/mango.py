@@ -51,7 +51,9 @@ class Mango(Planned):
     Without stored error F is not formed: D = diag(a) (P A + F diag(s)), where a, of mean square 1, is made of the rows of H in the place of
     those of F, and scales P A too. The map H -> PU contracts with T3's certificate in expectation over the scouts. Between steps only P, M,
     sqrt(V), E and the running means are kept, each through the codec that the plan names. Tensors with fewer than two dimensions or 4096
-    values, LoRA's factors (known by peft's names) and groups with ``plan=None`` are stepped by plain AdamW with float32 moments.
+    values, LoRA's factors (known by peft's names) and groups with ``plan=None`` are stepped by plain AdamW with float32 moments; unless a
+    plan is given, so are linear maps with sixteen inputs or more for each output, such as heads of classifiers. Heads with more classes
+    than that do better in a group with ``plan=None``, too.
 
     On a CPU an optimizer rehearses when it is made: a stand-in for a part of the matrices is stepped, in about the time of a few steps, so
     that compiled loops are loaded and scratch memory is there before the first step. Once for an installation the loops are compiled then,

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mango.errors import ConfigError
-from mango.optim.plan import LayerPlan
+from mango.optim.plan import LayerPlan, is_adapter, is_head, is_matrix
 
 MATMUL = ("auto", "float32", "bfloat16", "int8")
 
 
-def plan_of(group: Mapping[str, Any], number: int | None = None) -> LayerPlan | None:
-    """What a group asks for, or what is in force for its parameter of that number."""
-    plan = group["plan"] if number is None else group.get("plans", {}).get(number, group["plan"])
-    return None if plan is None else LayerPlan.of(plan)
+def plan_of(group: Mapping[str, Any]) -> LayerPlan | None:
+    """What a group asks for; None = plain AdamW."""
+    return None if group["plan"] is None else LayerPlan.of(group["plan"])
+
+
+def asked(group: Mapping[str, Any], name: str, shape: Sequence[int]) -> LayerPlan | None:
+    """What a group asks for, for a parameter of this name and shape. Heads are compressed where a plan is given, and by default are not."""
+    plan = plan_of(group)
+    return None if not is_matrix(shape) or is_adapter(name) or (plan == LayerPlan() and is_head(shape)) else plan
+
+
+def in_force(group: Mapping[str, Any], number: int, name: str, shape: Sequence[int]) -> LayerPlan | None:
+    """The plan of a group's parameter of this number: what ``set_plan`` made of the one that the group asks for."""
+    changed = group.get("plans", {})
+    if number not in changed:
+        return asked(group, name, shape)
+    return None if changed[number] is None else LayerPlan.of(changed[number])
 
 
 def validate(group: dict[str, Any]) -> None:

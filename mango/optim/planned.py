@@ -12,8 +12,8 @@ from mango.errors import ConfigError
 from mango.optim.accounting import layer_nbytes
 from mango.optim.budgeted import StateBudget
 from mango.optim.convert import convert
-from mango.optim.options import plan_of
-from mango.optim.plan import LayerPlan, is_adapter, is_matrix, matrix_count, matrix_shape
+from mango.optim.options import asked, in_force
+from mango.optim.plan import LayerPlan, is_matrix, matrix_count, matrix_shape
 from mango.optim.stacks import Place, Stacks
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Planned(torch.optim.Optimizer):
 
     def own_plans(self) -> dict[str, LayerPlan | None]:
         """The plans that the groups ask for, whatever ``set_plan`` or a policy made of them."""
-        asked = {place.name: plan_of(place.group) for param, place in self._places.items() if is_matrix(param.shape)}
-        return {name: None if is_adapter(name) else plan for name, plan in asked.items()}
+        matrices = {param: place for param, place in self._places.items() if is_matrix(param.shape)}
+        return {place.name: asked(place.group, place.name, param.shape) for param, place in matrices.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter, by name."""
@@ -98,7 +98,8 @@ class Planned(torch.optim.Optimizer):
         self._stacks.of.pop(param, None)
         number = next(number for number, other in enumerate(place.group["params"]) if other is param)
         plans = {key: value for key, value in place.group.get("plans", {}).items() if key != number}
-        place.group["plans"] = plans if new == plan_of(place.group) else plans | {number: None if new is None else new.plain()}
+        as_asked = new == asked(place.group, place.name, param.shape)
+        place.group["plans"] = plans if as_asked else plans | {number: None if new is None else new.plain()}
         self._places[param] = place._replace(plan=new)
 
     def _converted(self, param: Tensor, state: dict[str, Any], old: LayerPlan | None, new: LayerPlan | None) -> dict[str, Any]:
@@ -110,5 +111,4 @@ class Planned(torch.optim.Optimizer):
         number = next(number for number, other in enumerate(self.param_groups) if other is group)
         names = group.get("param_names") or [f"param_groups[{number}]['params'][{place}]" for place in range(len(group["params"]))]
         for place, (param, name) in enumerate(zip(group["params"], names, strict=True)):
-            plan = plan_of(group, place) if is_matrix(param.shape) and not is_adapter(name) else None
-            self._places[param] = Place(group, name, len(self._places), plan)
+            self._places[param] = Place(group, name, len(self._places), in_force(group, place, name, param.shape))
