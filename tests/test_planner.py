@@ -324,3 +324,15 @@ def test_a_model_that_works_in_chunks_is_not_extrapolated_from_short_inputs() ->
     assert long.workspace == direct.temporary() < 1.5 * short.workspace
     assert long.peak == long.weights + long.state + direct.peak()
     assert row(long.longest).fits and not row(long.longest + long.longest // 1000 + 1).fits
+
+
+def test_heads_that_the_default_plan_leaves_to_adamw_are_planned_so() -> None:
+    shapes = {"head": (10, 512), "body": (256, 256)}
+    for chosen in (LayerPlan(), LayerPlan(rank=8)):
+        params = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
+        optimizer = Mango(params, plan=chosen)
+        for _, param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert methods.state_nbytes("mango", shapes, plans=chosen) == optimizer.nbytes()
+        assert methods.scratch_nbytes("mango", shapes, torch.float32, (), 1 / 8, chosen, fused=True) > 0

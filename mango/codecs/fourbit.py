@@ -54,9 +54,8 @@ def _bins(thresholds: Sequence[float], codes: Sequence[int], device: torch.devic
         edge.append(thresholds[passed] if inside else inf)
         code += [codes[passed], codes[passed + inside]]
         passed += inside
-    upper = torch.nextafter(
-        torch.tensor(edge, dtype=torch.float32, device=device), torch.tensor(inf, device=device, dtype=torch.float32)
-    )  # equality goes to the lower side
+    edges = torch.tensor(edge, dtype=torch.float32, device=device)
+    upper = torch.nextafter(edges, torch.full_like(edges, inf))  # equality goes to the lower side
     return Bins(k, torch.tensor(k + 1.5, device=device, dtype=torch.float32), upper, torch.tensor(code, dtype=torch.uint8, device=device))
 
 

@@ -55,9 +55,8 @@ def adamw(
         return
     beta1, beta2 = betas
     if all(_usual(tensor) for tensors in (params, grads, exp_avgs, exp_avg_sqs) for tensor in tensors):
-        counts = torch.tensor(
-            [step - 1.0 for step in steps], device="cpu", dtype=torch.float32
-        ).unbind()  # which the kernel's caller raises
+        before = [step - 1.0 for step in steps]  # the kernel's caller raises them
+        counts = torch.tensor(before, device="cpu", dtype=torch.float32).unbind()
         torch_adamw(
             list(params),
             list(grads),

@@ -139,14 +139,12 @@ class LayerStack:
                 lifted.mul_(a.unsqueeze(-1))
                 scale = residual.sides((a, s))
             lift = Lift(lifted.to(dtype), turned, integers, workspace)
-        compiled = scale is not None and native.ready(self.device) and all(map(plain, (*params, *grads)))
-        products = lift.products(adam, not compiled)
-        if scale is not None:
-            scale = scale[0] * -hyper.lr, scale[1]
-        if compiled:
-            self._apply_compiled(params, grads if signs is None else signs, h, cast(Any, scale), products, hyper)
+        scale = None if scale is None else (scale[0] * -hyper.lr, scale[1])
+        if scale is not None and native.ready(self.device) and all(map(plain, (*params, *grads))):
+            self._apply_compiled(params, grads if signs is None else signs, h, scale, lift.products(adam, whole=False), hyper)
         else:
-            self._apply(params, grads, h, scale, next(products)[2].floats(), hyper, workspace)
+            ((_, _, product),) = lift.products(adam, whole=True)
+            self._apply(params, grads, h, scale, product.floats(), hyper, workspace)
         return found
 
     def _keep(self, h: Tensor, products: Iterable[Part], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -241,9 +239,8 @@ class LayerStack:
         Every fourth row of a tall matrix, whose rows may be heads or parts of a fused projection one after another, and columns side by
         side of a wide one: both are multiplied where they lie. One draw serves all layers of a step, however they are stacked.
         """
-        part = int(
-            torch.randint(PARTS, (1,), generator=counter_generator(hyper.seeds[0][:2]), device="cpu")
-        )  # on the host, which needs the answer
+        generator = counter_generator(hyper.seeds[0][:2])
+        part = int(torch.randint(PARTS, (1,), generator=generator, device="cpu"))  # on the host, which needs the answer
         if self.rows > self.cols:
             return slice(part, None, PARTS)
         return slice(self.large * part // PARTS, self.large * (part + 1) // PARTS)

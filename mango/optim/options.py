@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mango.errors import ConfigError
-from mango.optim.plan import LayerPlan, is_adapter, is_head, is_matrix
+from mango.optim.plan import LayerPlan, applied
 
 MATMUL = ("auto", "float32", "bfloat16", "int8")
 
@@ -17,9 +17,8 @@ def plan_of(group: Mapping[str, Any]) -> LayerPlan | None:
 
 
 def asked(group: Mapping[str, Any], name: str, shape: Sequence[int]) -> LayerPlan | None:
-    """What a group asks for, for a parameter of this name and shape. Heads are compressed where a plan is given, and by default are not."""
-    plan = plan_of(group)
-    return None if not is_matrix(shape) or is_adapter(name) or (plan == LayerPlan() and is_head(shape)) else plan
+    """What a group asks for, for a parameter of this name and shape."""
+    return applied(plan_of(group), name, shape)
 
 
 def in_force(group: Mapping[str, Any], number: int, name: str, shape: Sequence[int]) -> LayerPlan | None:

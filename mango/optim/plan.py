@@ -39,8 +39,8 @@ def is_matrix(shape: Sequence[int]) -> bool:
 def is_head(shape: Sequence[int]) -> bool:
     """Whether a matrix is a linear map from many inputs to few outputs, as heads of classifiers and routers of experts are.
 
-    No normalisation follows them that would make up for long steps. Mango's are four to six times as long as AdamW's at one learning rate,
-    and a head that is stepped so follows the noise of its batches: the default plan leaves it to AdamW, whose state is small there.
+    No normalisation follows them that would make up for long steps. Mango's are several times as long as AdamW's at one learning rate, and
+    a head that is stepped so follows the noise of its batches: the default plan leaves it to AdamW, whose state is small there.
     """
     return len(shape) >= 2 and prod(shape[2:]) == 1 and shape[1] >= ELONGATED * shape[0]
 
@@ -148,3 +148,9 @@ class LayerPlan:
         if self.rank > small:
             raise ConfigError.of("plan.rank", self.rank, f"at most {small}, the smaller dimension of {name} folded to {rows} x {cols}")
         return self.rank
+
+
+def applied(plan: LayerPlan | None, name: str, shape: Sequence[int]) -> LayerPlan | None:
+    """What a plan that is asked for many parameters makes of one of this name and shape; None = plain AdamW. Heads are compressed where a
+    plan is given, and by the default one are not."""
+    return None if not is_matrix(shape) or is_adapter(name) or (plan == LayerPlan() and is_head(shape)) else plan

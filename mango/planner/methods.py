@@ -16,7 +16,7 @@ from mango.errors import ConfigError
 from mango.optim.accounting import layer_nbytes, state_tensors
 from mango.optim.adamw import adamw
 from mango.optim.layers import Hyper, LayerStack
-from mango.optim.plan import LayerPlan, matrix_count, matrix_shape
+from mango.optim.plan import LayerPlan, applied, matrix_count, matrix_shape
 from mango.optim.split import split
 from mango.optim.stacks import STACK_VALUES
 from mango.planner.trace import Watch
@@ -121,9 +121,14 @@ def state_nbytes(
         moments = [moment for _, moment in sizes] + [prod(shape) for shape in rest.values()]
         return sum(basis for basis, _ in sizes) * size + (2 * sum(moments) * size if optimizer == "galore" else _eight_bits(moments))
     if optimizer == "mango":
-        chosen = {name: plans if isinstance(plans, LayerPlan) else plans.get(name) for name in matrices}
+        chosen = {name: _plan(plans, name, shape) for name, shape in matrices.items()}
         return sum(layer_nbytes(shape, chosen.get(name)) for name, shape in shapes.items())
     raise ConfigError.of("optimizer", optimizer, "adamw, adafactor, muon, adamw8bit, galore, galore8bit or mango")
+
+
+def _plan(plans: Mapping[str, LayerPlan] | LayerPlan, name: str, shape: Shape) -> LayerPlan | None:
+    """A matrix's own; or what Mango makes of one plan for all."""
+    return applied(plans, name, shape) if isinstance(plans, LayerPlan) else plans.get(name)
 
 
 def _adafactor(shape: Shape) -> int:
@@ -162,11 +167,14 @@ def scratch_nbytes(
         return 0
     matrices, rest = divide(shapes, exclude)
     if optimizer == "mango":
-        chosen = {name: plans if isinstance(plans, LayerPlan) else plans[name] for name in matrices}
         stacks: dict[tuple[Shape, LayerPlan], int] = {}
-        for name, shape in matrices.items():
-            stacks[shape, chosen[name]] = stacks.get((shape, chosen[name]), 0) + 1
         plain = [prod(shape) for shape in rest.values()]
+        for name, shape in matrices.items():
+            chosen = _plan(plans, name, shape)
+            if chosen is None:
+                plain.append(prod(shape))
+            else:
+                stacks[shape, chosen] = stacks.get((shape, chosen), 0) + 1
         together = max(plain, default=0) if fused else sum(plain)
         found = [_plain_step(together, dtype)] if together else [0]
         for (shape, plan), count in stacks.items():

@@ -14,7 +14,7 @@ from mango.errors import ConfigError
 from mango.mole.config import MoleConfig
 from mango.mole.convert import convert, revert
 from mango.optim.accounting import layer_nbytes
-from mango.optim.plan import LayerPlan
+from mango.optim.plan import LayerPlan, applied
 from mango.planner import gpus
 from mango.planner.growth import Growth
 from mango.planner.methods import METHODS, Method, method, scratch_nbytes, state_nbytes
@@ -216,7 +216,7 @@ class _Planner:
         """Layers of one shape and plan together: how many, the first one's name, shape and plan."""
         groups: dict[tuple[tuple[int, ...], LayerPlan | None], list[str]] = {}
         for name, shape in self.shapes.items():
-            chosen = plans if isinstance(plans, LayerPlan) else plans.get(name)
+            chosen = applied(plans, name, shape) if isinstance(plans, LayerPlan) else plans.get(name)
             groups.setdefault((shape, chosen if layer_nbytes(shape, chosen) != layer_nbytes(shape, None) else None), []).append(name)
         return [
             {"layers": len(names), "first": names[0], "shape": list(shape), "plan": chosen.plain()}
